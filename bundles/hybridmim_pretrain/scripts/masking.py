@@ -1,0 +1,198 @@
+"""The two-level masking hierarchy: which patches of a crop are hidden from the network (arXiv 2303.10333).
+
+A crop is divided into regions, a region into patches. Level one draws how many patches of each region are
+masked, level two which ones. What is drawn is one boolean per patch; `apply_mask` hides the voxels on the device.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.transforms import Compose, Randomizable, Transform
+from scipy.optimize import brentq
+from torch import Tensor
+
+from tools.losses import expand_mask
+
+MASK_SCHEMES = ("two_level", "uniform")
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that must fit each other, in voxels along the three axes.
+
+    Raises:
+        ValueError: with the key, what was found and what was expected, when they do not.
+    """
+
+    roi_size: Sequence[int]  # a crop
+    region_size: Sequence[int]  # a sub-volume of the crop, whose masked patches are counted and located
+    patch_size: Sequence[int]  # the cube that is masked as a whole
+    decode_size: Sequence[int]  # the box of the crop that is reconstructed in training
+    stride: int  # of the bottleneck: 16 for UNet, 32 for SwinUNETR
+
+    def __post_init__(self) -> None:
+        for key in ("roi_size", "region_size", "patch_size", "decode_size"):
+            size = getattr(self, key)
+            if len(size) != 3 or any(int(s) != s or s < 1 for s in size):
+                raise ValueError(f"{key} must be three whole numbers of voxels above 0, found {list(size)}")
+            object.__setattr__(self, key, tuple(int(s) for s in size))
+        self._divides("roi_size", "region_size", self.region_size)
+        self._divides("region_size", "patch_size", self.patch_size)
+        bottleneck = (self.stride,) * 3
+        self._divides("region_size", "the bottleneck stride of the network", bottleneck)
+        self._divides("decode_size", "the bottleneck stride of the network", bottleneck)
+        for key in ("roi_size", "decode_size"):
+            if any(s < 2 * self.stride for s in getattr(self, key)):
+                raise ValueError(
+                    f"{key} {list(getattr(self, key))} must span at least two voxels of the network's bottleneck, "
+                    f"{2 * self.stride} voxels along each axis"
+                )
+        if any(d > r for d, r in zip(self.decode_size, self.roi_size, strict=True)):
+            raise ValueError(
+                f"decode_size {list(self.decode_size)} must fit into roi_size {list(self.roi_size)}"
+            )
+
+    def _divides(self, key: str, by: str, divisor: Sequence[int]) -> None:
+        size = getattr(self, key)
+        if any(s % d for s, d in zip(size, divisor, strict=True)):
+            raise ValueError(f"{key} {list(size)} must be a multiple of {by} {list(divisor)} along each axis")
+
+    @property
+    def patches_per_region(self) -> Size:
+        """Patches along each axis of a region."""
+        return tuple(r // p for r, p in zip(self.region_size, self.patch_size, strict=True))
+
+
+def apply_mask(image: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
+    """Fill the masked patches of image [B, C, H, W, D] by mask [B, 1, P1, P2, P3]; all channels alike."""
+    return torch.where(expand_mask(mask, image.shape[2:]), fill, image)
+
+
+class RandPatchMaskd(Randomizable, Transform):
+    """Hides a share of the patches of a volume from the network: draws which ones, as the entry `mask`.
+
+    The image itself is left alone; `apply_mask` fills the patches on the device. Exactly
+    `round(mask_ratio × patches)` patches are masked, whatever the scheme:
+
+    - `two_level`: for each region, first how many of its patches are masked, then which. The counts follow the
+      distribution of highest entropy that has the wanted mean, so that every count 0 … M occurs and the number
+      is worth predicting.
+    - `uniform`: drawn from all patches of the volume alike (what the published code does).
+
+    Args:
+        geometry: gives region and patch size (voxels).
+        mask_ratio: share of the patches that are masked, above 0 and below 1.
+        mask_scheme: `two_level` or `uniform`.
+        key: entry that holds the volume, [C, H, W, D]; each side must be a multiple of the region.
+
+    Raises:
+        ValueError: an argument, or the shape of a volume, does not fit.
+    """
+
+    def __init__(
+        self, geometry: Geometry, mask_ratio: float = 0.4, mask_scheme: str = "two_level", key: str = "image"
+    ) -> None:
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be above 0 and below 1, found {mask_ratio}")
+        if mask_scheme not in MASK_SCHEMES:
+            raise ValueError(f"mask_scheme must be one of {', '.join(MASK_SCHEMES)}; found {mask_scheme!r}")
+        self.geometry = geometry
+        self.mask_ratio = mask_ratio
+        self.mask_scheme = mask_scheme
+        self.key = key
+        self.count_probability = max_entropy_counts(int(np.prod(geometry.patches_per_region)), mask_ratio)
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Add `mask`, bool [1, P1, P2, P3]."""
+        size = data[self.key].shape[1:]
+        if any(s % r for s, r in zip(size, self.geometry.region_size, strict=True)):
+            raise ValueError(
+                f"{self.key}: shape {list(size)} must be a multiple of region_size "
+                f"{list(self.geometry.region_size)} along each axis"
+            )
+        return {**data, "mask": torch.from_numpy(self.draw(size)[None])}
+
+    def draw(self, size: Sequence[int]) -> np.ndarray:
+        """A mask for a volume of `size` voxels: bool [P1, P2, P3]."""
+        grid = [s // p for s, p in zip(size, self.geometry.patch_size, strict=True)]
+        masked = round(self.mask_ratio * int(np.prod(grid)))
+        if self.mask_scheme == "uniform":
+            return (self._ranks(1, int(np.prod(grid))) < masked).reshape(grid)
+        m = self.geometry.patches_per_region
+        regions = [g // k for g, k in zip(grid, m, strict=True)]
+        counts = self._draw_counts(int(np.prod(regions)), masked)
+        by_region = self._ranks(len(counts), int(np.prod(m))) < counts[:, None]
+        return by_region.reshape(*regions, *m).transpose(0, 3, 1, 4, 2, 5).reshape(grid)
+
+    def _ranks(self, rows: int, columns: int) -> np.ndarray:
+        """A random order of 0 … columns - 1 in each row."""
+        return self.R.random((rows, columns)).argsort(axis=1)
+
+    def _draw_counts(self, regions: int, total: int) -> np.ndarray:
+        """Masked patches of each region: drawn freely, then moved by single patches until the total is exact."""
+        top = len(self.count_probability) - 1
+        counts = self.R.choice(top + 1, size=regions, p=self.count_probability)
+        while difference := total - counts.sum():
+            step = 1 if difference > 0 else -1
+            room = np.flatnonzero((counts + step >= 0) & (counts + step <= top))
+            chosen = self.R.permutation(room)[: abs(difference)]
+            counts[chosen] += step
+        return counts
+
+
+class ApplyMaskd(Transform):
+    """Fills the masked patches of a volume [C, H, W, D] on the CPU, for inference on whole scans.
+
+    Args:
+        fill: value of masked voxels.
+        key: entry that is masked, by the entry `mask` of `RandPatchMaskd`.
+    """
+
+    def __init__(self, fill: float = 0.0, key: str = "image") -> None:
+        self.fill = fill
+        self.key = key
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Replace the volume."""
+        return {**data, self.key: apply_mask(data[self.key][None], data["mask"][None], self.fill)[0]}
+
+
+def max_entropy_counts(patches: int, ratio: float) -> np.ndarray:
+    """Probabilities of the counts 0 … patches with mean `ratio × patches` and the highest entropy: p(n) ∝ exp(λn)."""
+    counts = np.arange(patches + 1)
+
+    def probability(slope: float) -> np.ndarray:
+        p = np.exp(slope * counts - np.max(slope * counts))
+        return p / p.sum()
+
+    # the mean runs from 0 to `patches` as the slope does from -∞ to ∞
+    slope = brentq(lambda s: probability(s) @ counts - ratio * patches, -700, 700)
+    return probability(slope)
+
+
+class FixedDrawd(Compose):
+    """Random transforms that draw the same for the same scan: validation crops and masks never change.
+
+    Args:
+        transforms: the random transforms.
+        seed: changes all draws.
+        key: entry that holds the image; the name of its file picks the draw.
+    """
+
+    def __init__(self, transforms: Sequence[Transform], seed: int = 0, key: str = "image") -> None:
+        super().__init__(transforms)
+        self.seed = seed
+        self.key = key
+
+    def __call__(self, data: Mapping[Hashable, Tensor], **kwargs: object) -> list | dict:
+        """Apply the transforms after seeding them by the scan's file."""
+        name = Path(str(data[self.key].meta["filename_or_obj"])).name
+        self.set_random_state(seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        return super().__call__(data, **kwargs)

@@ -1,0 +1,63 @@
+"""What inference makes of a reconstructed scan: the comparison with the original, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+from monai.data import affine_to_spacing
+from monai.transforms import Transform
+from monai.transforms.utils import generate_spatial_bounding_box
+from torch import Tensor
+
+from tools.figures import reconstruction_figure
+from tools.losses import expand_mask, inside
+
+
+class CompareReconstructiond(Transform):
+    """Pastes the reconstruction into the scan and measures it, where it was masked.
+
+    Takes `scan` and `pred` [C, H, W, D] and `mask` [1, P1, P2, P3]. Sets `pred` (painted where masked, the scan
+    elsewhere), `error` (absolute, 0 where nothing was masked) and `counted` (bool [1, H, W, D], masked voxels of
+    the scan).
+    """
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Compare."""
+        scan, mask = data["scan"], data["mask"][None].to(data["scan"].device)
+        counted = (expand_mask(mask, scan.shape[1:]) & inside(scan.as_tensor()[None]))[0]
+        pred = data["pred"].to(scan.dtype)
+        pasted = pred.where(counted, scan)
+        return {**data, "pred": pasted, "error": (pasted - scan).abs(), "counted": counted}
+
+
+class SaveReconstructionFigured(Transform):
+    """Writes `NAME_reconstruction.png` of the middle planes, before the scan goes back to its own geometry.
+
+    Args:
+        figure_dir: folder of the pictures.
+    """
+
+    def __init__(self, figure_dir: str | Path) -> None:
+        self.figure_dir = Path(figure_dir)
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Draw the first channel, without the padding."""
+        name = Path(str(data["scan"].meta["filename_or_obj"])).name
+        start, end = generate_spatial_bounding_box(data["scan"].as_tensor())
+        box = (0, *(slice(s, e) for s, e in zip(start, end, strict=True)))
+        image, masked, pred, counted = (
+            data[key].float().as_tensor()[box].cpu() if hasattr(data[key], "as_tensor") else data[key][box].cpu()
+            for key in ("scan", "image", "pred", "counted")
+        )
+        error = (pred - image)[counted].square().mean()
+        reconstruction_figure(
+            self.figure_dir / f"{name.split('.nii')[0]}_reconstruction.png",
+            image,
+            masked,
+            pred,
+            counted=counted,
+            title=f"{name}: masked error {error:.4f} (MSE)",
+            spacing=tuple(affine_to_spacing(data["scan"].affine).tolist()),
+        )
+        return dict(data)

@@ -1,0 +1,118 @@
+"""Checks and start table of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tools.losses import HybridMIMLoss
+from tools.scans import Scan
+from tools.start import (
+    require_cache_room,
+    require_resumable,
+    require_usable,
+    say,
+    scan_lines,
+    size_text,
+    training_memory,
+)
+
+from .hybridmim import PretrainStep
+from .masking import RandPatchMaskd
+
+
+def start_training(
+    training: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    left_out: list[Scan],
+    channels: int,
+    workers: int,
+    remember: str,
+    step: PretrainStep,
+    loss: HybridMIMLoss,
+    mask: RandPatchMaskd,
+    crops: int,
+    crops_per_volume: int,
+    world_size: int,
+    cache: str,
+    cache_dir: str,
+    spacing: Sequence[float] | None,
+    resume_from: str | None,
+) -> None:
+    """Refuse what cannot work, then print what will be done.
+
+    Args:
+        training: items of the training data.
+        validation: items of the validation data.
+        left_out: scans that were left out, for the table.
+        channels: of the network's input.
+        workers: that read scans.
+        remember: file of the scans that were checked before.
+        step: the step that is trained.
+        loss: its loss.
+        mask: how masks are drawn.
+        crops: in a batch of one process.
+        crops_per_volume: crops from each scan.
+        world_size: number of processes.
+        cache: none, memory or disk.
+        cache_dir: of the disk cache.
+        spacing: mm, that scans are resampled to, or None.
+        resume_from: folder of training checkpoints, or None for a fresh start.
+
+    Raises:
+        ScanError: scans cannot be used.
+        WeightsError: the checkpoint to resume from is missing or of another network.
+        OSError: no room for the cache.
+        ValueError: the batch, or the number of scans, is too small.
+    """
+    _check_batch(len(training), len(validation), crops, crops_per_volume, world_size, step.contrastive)
+    resumed = require_resumable(resume_from, step.network_def) if resume_from else None
+    scans = require_usable([*training, *validation], channels, workers, remember)
+    cached = require_cache_room(scans, cache, cache_dir, spacing)
+
+    network, g = step.network_def, step.geometry
+    size = {name: sum(p.numel() for p in m.parameters()) for name, m in network.named_children()}
+    image = torch.rand(crops, channels, *g.roi_size, device="meta")
+    patches = torch.zeros(crops, 1, *(r // p for r, p in zip(g.roi_size, g.patch_size, strict=True)), dtype=torch.bool)
+    memory = training_memory(step, image, patches)
+    say(
+        [
+            *scan_lines(scans[: len(training)], scans[len(training) :], left_out),
+            ("crops", f"{_by(g.roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
+            (
+                "masking",
+                f"{mask.mask_scheme}, {mask.mask_ratio:g} of the patches of {_by(g.patch_size)}; regions of "
+                f"{_by(g.region_size)}; decoded box {_by(g.decode_size)}",
+            ),
+            ("loss", ", ".join(f"{weight:g} {name}" for name, weight in loss.weights.items())),
+            (
+                "network",
+                f"{type(network.backbone).__name__}, {size.pop('backbone') / 1e6:.2f} M parameters, "
+                f"heads {sum(size.values()) / 1e6:.2f} M",
+            ),
+            ("memory", f"about {size_text(memory)} per process for training in 32 bit, plus {size_text(cached)} of cache"),
+            ("weights", f"resumed from {resumed}" if resumed else "new, at random"),
+        ]
+    )
+
+
+def _check_batch(
+    training: int, validation: int, crops: int, crops_per_volume: int, world_size: int, contrastive: bool
+) -> None:
+    for name, found in (("training", training), ("validation", validation)):
+        if found < world_size:
+            raise ValueError(
+                f"{found} {name} scan(s) for {world_size} process(es); expected at least one for each process"
+            )
+    crops = min(crops, training // world_size * crops_per_volume) * world_size
+    if contrastive and crops < 2:
+        raise ValueError(
+            f"batch_size × crops_per_volume × processes is {crops} crop: the contrastive term has nothing to compare "
+            "it with; expected at least 2 (raise batch_size or crops_per_volume), or --weight_cl 0"
+        )
+
+
+def _by(size: Sequence[int]) -> str:
+    return "×".join(map(str, size))

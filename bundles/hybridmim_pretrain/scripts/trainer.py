@@ -1,0 +1,82 @@
+"""MONAI's trainer and evaluator for steps that predict from (image, mask) and have a loss of several terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from torch import Tensor
+
+
+def amp_dtype() -> torch.dtype:
+    """Type of mixed precision: bfloat16 where the GPU has it, else float16."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Image, mask, prediction and loss terms of one batch, on the engine's device."""
+    image = batch["image"].as_tensor().to(engine.state.device, non_blocking=engine.non_blocking)
+    mask = batch["mask"].to(engine.state.device, non_blocking=engine.non_blocking)
+    with torch.autocast(engine.state.device.type, enabled=engine.amp, dtype=amp_dtype()):
+        prediction = engine.inferer(image, engine.network, mask)
+    losses: dict[str, Tensor] = engine.loss_function(prediction, image, mask)
+    return {"image": image, "mask": mask, "pred": prediction, **losses}
+
+
+class PretrainTrainer(SupervisedTrainer):
+    """`SupervisedTrainer` whose loss function takes (prediction, image, mask) and returns `loss` and its terms.
+
+    `state.output` is a list with one dictionary for the whole batch: `image`, `mask`, `pred`, `loss` and the
+    terms. Mixed precision is used on GPUs only.
+    """
+
+    def __init__(self, device: str | torch.device, *args: Any, amp: bool = False, **kwargs: Any) -> None:
+        device = torch.device(device)
+        amp = amp and device.type == "cuda"
+        super().__init__(device, *args, amp=amp, decollate=False, optim_set_to_none=True, **kwargs)
+        # MONAI makes its own anew in every `run`, which could not be restored before training
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp and amp_dtype() == torch.float16)
+
+    def _iteration(self, engine: PretrainTrainer, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        output = predict(engine, batchdata)
+        engine.state.output = [output]
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        engine.grad_scaler.scale(output["loss"]).backward()
+        engine.grad_scaler.unscale_(engine.optimizer)
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        engine.grad_scaler.step(engine.optimizer)
+        engine.grad_scaler.update()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ignite's state of the engine, and that of the gradient scaler."""
+        return {**super().state_dict(), "scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore both."""
+        state_dict = dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict.pop("scaler"))
+        super().load_state_dict(state_dict)
+
+
+class PretrainEvaluator(SupervisedEvaluator):
+    """`SupervisedEvaluator` that computes the training loss too; output as `PretrainTrainer`'s."""
+
+    def __init__(
+        self, device: str | torch.device, *args: Any, loss_function: Any, amp: bool = False, **kwargs: Any
+    ) -> None:
+        device = torch.device(device)
+        super().__init__(device, *args, amp=amp and device.type == "cuda", decollate=False, **kwargs)
+        self.loss_function = loss_function
+
+    def _iteration(self, engine: PretrainEvaluator, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
+        with engine.mode(engine.network):
+            engine.state.output = [predict(engine, batchdata)]
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output

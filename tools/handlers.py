@@ -1,0 +1,230 @@
+"""Handlers that every bundle's training uses beside MONAI's own: progress, metrics.csv, seeds, safety."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar as IgniteProgressBar
+from monai.data import DataLoader, set_rnd
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
+
+from tools.files import atomic_path
+
+Terms = Callable[[Any], Mapping[str, Tensor]]
+
+
+def loss_terms(output: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The entries `loss` and `loss_…` of an engine's output."""
+    return {name: value for name, value in output[0].items() if name.startswith("loss")}
+
+
+class ProgressBar:
+    """Progress bar of the training with the loss terms and the time left, and one line per validation; rank 0 only.
+
+    Args:
+        validator: engine whose metrics are printed after each of its runs.
+        metrics: names of the metrics to print.
+    """
+
+    def __init__(self, validator: Engine, metrics: tuple[str, ...] | list[str]) -> None:
+        self.validator = validator
+        self.metrics = metrics
+        self.bar = IgniteProgressBar(
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            dynamic_ncols=True,
+        )
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        if idist.get_rank() > 0:
+            return
+        self.bar.attach(
+            engine,
+            output_transform=lambda output: {name: float(value) for name, value in loss_terms(output).items()},
+            event_name=Events.ITERATION_COMPLETED,
+            closing_event_name=Events.EPOCH_COMPLETED,
+        )
+        self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
+
+    def _print_validation(self, validator: Engine) -> None:
+        values = {name: validator.state.metrics[name] for name in self.metrics if name in validator.state.metrics}
+        line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.bar.log_message(f"validation, epoch {validator.state.epoch}: {line}")
+
+
+class MetricsCSV:
+    """Writes `metrics.csv`: one row per epoch with the mean of each training term, and the validation's metrics.
+
+    Cells of epochs without a validation are empty. When a run is resumed, the rows of epochs that are trained
+    again are replaced.
+
+    Args:
+        path: file to write.
+        validator: engine whose metrics are written with the prefix `val_`.
+    """
+
+    def __init__(self, path: str | Path, validator: Engine) -> None:
+        self.path = Path(path)
+        self.validator = validator
+        self._validation: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._iterations = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, after the handler that validates."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+        self.validator.add_event_handler(Events.COMPLETED, self._keep_validation)
+
+    def _reset(self) -> None:
+        self._validation, self._sums, self._iterations = {}, {}, 0
+
+    def _add(self, engine: Engine) -> None:
+        self._iterations += 1
+        for name, value in loss_terms(engine.state.output).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+
+    def _keep_validation(self, validator: Engine) -> None:
+        self._validation = {f"val_{name}": value for name, value in validator.state.metrics.items()}
+
+    def _write(self, engine: Engine) -> None:
+        means = {
+            name: float(idist.all_reduce(total)) / self._iterations / idist.get_world_size()
+            for name, total in self._sums.items()
+        }
+        if idist.get_rank() > 0:
+            return
+        row = {"epoch": engine.state.epoch, **means, **self._validation}
+        rows = [old for old in read_metrics(self.path) if int(old["epoch"]) < engine.state.epoch]
+        rows.append({name: f"{value:.6g}" for name, value in row.items()})
+        names = list(dict.fromkeys(name for r in rows for name in r))
+        # training terms first, whatever epoch brought the first validation
+        names.sort(key=lambda name: name.startswith("val_"))
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv`; none if there is no file."""
+    if not Path(path).is_file():
+        return []
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class SeedEpochs:
+    """Seeds all random numbers at the start of each epoch by (seed, epoch, rank).
+
+    So the state of every random generator, in every process and worker, follows from two numbers, which a
+    checkpoint can hold: a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        seed: of the run.
+        loader: whose data set's random transforms are seeded too (workers are seeded by the loader).
+    """
+
+    def __init__(self, seed: int, loader: DataLoader) -> None:
+        self.seed = seed
+        self.loader = loader
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
+
+    def _seed(self, engine: Engine) -> None:
+        # distinct for all epochs and ranks below 2¹⁶ processes
+        state = (self.seed * 1_000_003 + engine.state.epoch) * 65_536 + idist.get_rank()
+        torch.manual_seed(state)
+        random.seed(state)
+        if self.loader.num_workers == 0:
+            set_rnd(self.loader.dataset, state % (2**32 - 1))
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue the run of that seed, whatever the config says."""
+        self.seed = state["seed"]
+
+
+class GradientClipping:
+    """Scales the gradients down to a maximum norm before every step.
+
+    Args:
+        network: whose gradients.
+        max_norm: of all gradients together.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self) -> None:
+        """Clip now."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class StopOnBadLoss:
+    """Stops the run when the loss is not finite, before it reaches the weights.
+
+    Args:
+        ckpt_dir: folder of the training checkpoints, named in the error.
+
+    Raises:
+        FloatingPointError: with the step, the terms, the files of the batch and the last good checkpoint.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        self.ckpt_dir = Path(ckpt_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Look at the loss of this step."""
+        terms = loss_terms(engine.state.output)
+        if torch.isfinite(terms["loss"]):
+            return
+        found = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        files = sorted({str(name) for name in engine.state.batch["image"].meta["filename_or_obj"]})
+        last = newest_checkpoint(self.ckpt_dir)
+        raise FloatingPointError(
+            f"the loss is not finite at step {engine.state.iteration} (epoch {engine.state.epoch}): {found}; "
+            f"batch: {', '.join(files)}; "
+            + (f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet")
+        )
+
+
+def newest_checkpoint(ckpt_dir: str | Path) -> Path | None:
+    """The `checkpoint_epoch=N.pt` with the highest N, if any."""
+    found = Path(ckpt_dir).glob("checkpoint_epoch=*.pt")
+    return max(found, key=lambda path: int(path.stem.partition("=")[2]), default=None)
+
+
+def report(metrics: Mapping[str, float], path: str | Path) -> None:
+    """Print metrics and write them as a CSV with one row (rank 0 only)."""
+    if idist.get_rank() > 0:
+        return
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(metrics))
+        writer.writeheader()
+        writer.writerow(metrics)
+    width = max(map(len, metrics))
+    print("\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()), f"\nwritten to {path}")

@@ -1,0 +1,209 @@
+"""The loss of HybridMIM: three levels of learning, five terms (arXiv 2303.10333, Fig. 1).
+
+pixel   `loss_pr`   partial region prediction: mean squared error of the masked voxels that were decoded
+region  `loss_num`  how many patches of a region are masked
+        `loss_loc`  which ones
+        `loss_con`  that the two answers agree
+sample  `loss_cl`   two encodings of one crop, with different dropout, find each other among all crops
+
+Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum.
+
+The targets are derived from the mask, so there is nothing to store: the mask has one entry for each patch,
+the predictions one for each region, and the patches of a region are the ones inside its box.
+Padding counts for nothing: intensities lie in (0, 1], so a voxel that is 0 in every channel is padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prediction(NamedTuple):
+    """What one pre-training step predicts for a batch of B crops, C channels and M patches per region."""
+
+    reconstruction: Tensor  # [B, C, h, w, d] intensities in (0, 1) of the decoded box
+    box: tuple[slice, slice, slice]  # where that box lies in the crop (voxels)
+    number: Tensor  # [B, M + 1, R1, R2, R3] logits: 0 … M masked patches in each region
+    location: Tensor  # [B, M, R1, R2, R3] logits: is this patch of the region masked?
+    views: tuple[Tensor, Tensor] | None  # two [N, E] projections of N crops (of all ranks), or not asked for
+
+
+def inside(image: Tensor) -> Tensor:
+    """Voxels that belong to the scan, not to its padding: [B, C, H, W, D] → bool [B, 1, H, W, D]."""
+    return (image > 0).any(dim=1, keepdim=True)
+
+
+def expand_mask(mask: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """One entry per patch → one per voxel: [B, 1, P1, P2, P3] → [B, 1, *size]."""
+    for axis, length in enumerate(size, start=2):
+        mask = mask.repeat_interleave(length // mask.shape[axis], dim=axis)
+    return mask
+
+
+def patches_by_region(patches: Tensor, regions: tuple[int, ...] | torch.Size) -> Tensor:
+    """Group the entries of a patch grid by region.
+
+    [B, 1, P1, P2, P3] → [B, M, R1, R2, R3] with M = (P1 / R1) (P2 / R2) (P3 / R3). Channel m is the m-th patch
+    of the region in raster order *within the region's box*, last axis fastest.
+    """
+    (b, _, *grid), (r1, r2, r3) = patches.shape, regions
+    m1, m2, m3 = (p // r for p, r in zip(grid, regions, strict=True))
+    split = patches.reshape(b, r1, m1, r2, m2, r3, m3)
+    return split.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, m1 * m2 * m3, r1, r2, r3)
+
+
+class RegionTargets(NamedTuple):
+    """What the region heads should say, and where the question has an answer."""
+
+    location: Tensor  # bool [B, M, R1, R2, R3]: the patch is masked
+    number: Tensor  # int64 [B, R1, R2, R3]: masked patches of the region, 0 … M
+    location_counts: Tensor  # bool [B, M, R1, R2, R3]: the patch holds a part of the scan
+    number_counts: Tensor  # bool [B, R1, R2, R3]: all patches of the region do
+
+
+def region_targets(image: Tensor, mask: Tensor, regions: tuple[int, ...] | torch.Size) -> RegionTargets:
+    """Targets of the region level for image [B, C, H, W, D], mask [B, 1, P1, P2, P3] and a grid of regions.
+
+    A patch of nothing but padding looks the same masked or not, so it is not asked for, and neither is the
+    number of a region that holds one.
+    """
+    patch_size = [s // p for s, p in zip(image.shape[2:], mask.shape[2:], strict=True)]
+    scan = F.max_pool3d(inside(image).float(), patch_size) > 0
+    location, counts = patches_by_region(mask, regions), patches_by_region(scan, regions)
+    return RegionTargets(location, location.sum(1), counts, counts.all(1))
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of the counted values; 0 (with a gradient of 0) where none counts."""
+    counted = counted.expand_as(values)
+    return (values * counted).sum() / counted.sum().clamp(min=1)
+
+
+class PartialRegionLoss(nn.Module):
+    """Pixel level: mean squared error over the masked voxels of the decoded box, in every channel."""
+
+    def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> Tensor:
+        """Image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalar."""
+        box = (..., *prediction.box)
+        counted = expand_mask(mask, image.shape[2:])[box] & inside(image[box])
+        return _mean((prediction.reconstruction.float() - image[box]) ** 2, counted)
+
+
+class NumberLoss(nn.Module):
+    """Region level, how many patches are masked: cross-entropy over the M + 1 possible counts."""
+
+    def forward(self, number: Tensor, targets: RegionTargets) -> Tensor:
+        """Logits [B, M + 1, R1, R2, R3] → scalar."""
+        return _mean(F.cross_entropy(number.float(), targets.number, reduction="none"), targets.number_counts)
+
+
+class LocationLoss(nn.Module):
+    """Region level, which patches are masked: binary cross-entropy for each patch."""
+
+    def forward(self, location: Tensor, targets: RegionTargets) -> Tensor:
+        """Logits [B, M, R1, R2, R3] → scalar."""
+        entropy = F.binary_cross_entropy_with_logits(
+            location.float(), targets.location.float(), reduction="none"
+        )
+        return _mean(entropy, targets.location_counts)
+
+
+class ConsistencyLoss(nn.Module):
+    """Region level, that number and location agree: squared difference of the two expected counts.
+
+    The paper compares an arg-max with a thresholded sum, which has no gradient; here the expected count of the
+    number head's softmax meets the sum of the location head's sigmoids, so that both heads learn from it.
+    """
+
+    def forward(self, number: Tensor, location: Tensor, targets: RegionTargets) -> Tensor:
+        """Logits [B, M + 1, R1, R2, R3] and [B, M, R1, R2, R3] → scalar, in patches²."""
+        counts = torch.arange(number.shape[1], device=number.device).view(1, -1, 1, 1, 1)
+        by_number = (number.float().softmax(1) * counts).sum(1)
+        by_location = location.float().sigmoid().sum(1)
+        return _mean((by_number - by_location) ** 2, targets.number_counts)
+
+
+class NTXentLoss(nn.Module):
+    """Sample level: normalised temperature-scaled cross-entropy (NT-Xent, arXiv 2002.05709, Eq. 1)."""
+
+    def __init__(self, temperature: float = 0.5) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, found {temperature}")
+        self.temperature = temperature
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two views [N, E] of the same N crops → scalar; ln(2N - 1) at chance, constant 0 for N = 1."""
+        n = len(first)
+        similarity = view_similarity(first, second) / self.temperature
+        partner = torch.arange(2 * n, device=first.device).roll(n)
+        return F.cross_entropy(similarity, partner)
+
+
+def view_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine similarity of all views with all others, [2N, 2N]; -inf with itself."""
+    views = F.normalize(torch.cat([first, second]).float(), dim=1)
+    return (views @ views.T).masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
+
+
+class HybridMIMLoss(nn.Module):
+    """Weighted sum of the five terms of HybridMIM (arXiv 2303.10333, Fig. 1); the defaults are the published weights.
+
+    Args:
+        weight_pr: partial region prediction.
+        weight_num: number of masked patches.
+        weight_loc: location of masked patches.
+        weight_con: consistency of number and location.
+        weight_cl: dropout-based contrastive learning.
+        temperature: of NT-Xent.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0.
+    """
+
+    def __init__(
+        self,
+        weight_pr: float = 1.0,
+        weight_num: float = 0.1,
+        weight_loc: float = 0.1,
+        weight_con: float = 0.01,
+        weight_cl: float = 0.1,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.weights = {
+            "loss_pr": weight_pr,
+            "loss_num": weight_num,
+            "loss_loc": weight_loc,
+            "loss_con": weight_con,
+            "loss_cl": weight_cl,
+        }
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            raise ValueError(f"loss weights must be 0 or more, and one above 0; found {self.weights}")
+        self.partial_region = PartialRegionLoss()
+        self.number = NumberLoss()
+        self.location = LocationLoss()
+        self.consistency = ConsistencyLoss()
+        self.contrastive = NTXentLoss(temperature)
+
+    def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Total (`loss`) and every term by its name, unweighted, as scalars.
+
+        Args:
+            prediction: of the masked crops.
+            image: the crops before masking, [B, C, H, W, D], intensities in (0, 1], 0 in padding.
+            mask: bool [B, 1, P1, P2, P3], one entry for each patch.
+        """
+        targets = region_targets(image, mask, prediction.number.shape[2:])
+        terms = {
+            "loss_pr": self.partial_region(prediction, image, mask),
+            "loss_num": self.number(prediction.number, targets),
+            "loss_loc": self.location(prediction.location, targets),
+            "loss_con": self.consistency(prediction.number, prediction.location, targets),
+            "loss_cl": self.contrastive(*prediction.views) if prediction.views else image.new_zeros(()),
+        }
+        return {"loss": sum(self.weights[name] * term for name, term in terms.items()), **terms}

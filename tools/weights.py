@@ -1,0 +1,86 @@
+"""Reading weights from checkpoints, with errors that say what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the network."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: bare, or under `model` as in a training checkpoint.
+
+    Raises:
+        WeightsError: the file is missing, is no checkpoint, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path}: not a checkpoint that torch.load(weights_only=True) can read: {error}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{path}: expected a state dict (or one under the key `model`), found {type(content).__name__}")
+    return dict(content)
+
+
+def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
+    """The weights in a file, if they are exactly those of the network.
+
+    Raises:
+        WeightsError: with the tensors that are missing, unknown or of another shape.
+    """
+    found, expected = read_weights(path), network.state_dict()
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} of its {len(found)} tensors {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (("are not in this network", unknown), ("have another shape", shapes))
+        if names
+    ]
+    if missing:
+        problems.append(f"it lacks {len(missing)} of {len(expected)} ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})")
+    if problems:
+        raise WeightsError(
+            f"{path}: these are not the weights of {describe(expected)}, they look like {describe(found)}: "
+            f"{'; '.join(problems)}. Choose the overlays and sizes that the checkpoint was trained with "
+            "(for instance configs/swin_unetr.yaml, configs/small.yaml)"
+        )
+    return found
+
+
+def load_weights(path: str | Path, network: nn.Module) -> None:
+    """Load weights strictly.
+
+    Raises:
+        WeightsError: as `check_weights`.
+    """
+    network.load_state_dict(check_weights(path, network))
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """Which network these weights seem to be of, for messages."""
+    for kind, part, first in (
+        ("a SwinUNETR", "swinViT.", "swinViT.patch_embed.proj.weight"),
+        ("a UNet (BasicUNet)", "upcat_", "conv_0.conv_0.conv.weight"),
+    ):
+        if any(part in name for name in state):
+            stem = next((tensor for name, tensor in state.items() if name.endswith(first)), None)
+            size = "" if stem is None else f" with {stem.shape[1]} input channel(s) and {stem.shape[0]} features"
+            return kind + size
+    return "another network"
