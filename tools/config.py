@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from tools.files import atomic_path
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str)
 
 
 def save_config(path: str | Path) -> None:
@@ -46,5 +46,6 @@ def _resolved(parser: ConfigParser, key: str, value: Any) -> Any:
     """The value of a plain expression that was evaluated already; everything else as it stands in the config."""
     if not isinstance(value, str) or not value.startswith(("$", "@")):
         return value
-    content = parser.ref_resolver.resolved_content.get(key, value)
-    return content if isinstance(content, PLAIN) else value
+    content = parser.ref_resolver.resolved_content.get(key)
+    parts = content if isinstance(content, list) else [content]
+    return content if all(isinstance(part, PLAIN) for part in parts) else value

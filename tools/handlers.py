@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar as IgniteProgressBar
 from monai.data import DataLoader, set_rnd
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tools.files import atomic_path
 
@@ -23,41 +23,49 @@ Terms = Callable[[Any], Mapping[str, Tensor]]
 
 def loss_terms(output: list[dict[str, Any]]) -> dict[str, Tensor]:
     """The entries `loss` and `loss_…` of an engine's output."""
-    return {name: value for name, value in output[0].items() if name.startswith("loss")}
+    return {name: value.detach() for name, value in output[0].items() if name.startswith("loss")}
 
 
 class ProgressBar:
-    """Progress bar of the training with the loss terms and the time left, and one line per validation; rank 0 only.
+    """Progress bar of the whole training with the loss terms and the time left, and one line per validation.
+
+    On rank 0 only.
 
     Args:
         validator: engine whose metrics are printed after each of its runs.
         metrics: names of the metrics to print.
     """
 
-    def __init__(self, validator: Engine, metrics: tuple[str, ...] | list[str]) -> None:
+    def __init__(self, validator: Engine, metrics: Sequence[str]) -> None:
         self.validator = validator
         self.metrics = metrics
-        self.bar = IgniteProgressBar(
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
-            dynamic_ncols=True,
-        )
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
         if idist.get_rank() > 0:
             return
-        self.bar.attach(
-            engine,
-            output_transform=lambda output: {name: float(value) for name, value in loss_terms(output).items()},
-            event_name=Events.ITERATION_COMPLETED,
-            closing_event_name=Events.EPOCH_COMPLETED,
-        )
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
         self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
+        self.bar: tqdm | None = None
+
+    def _open(self, engine: Engine) -> None:
+        state = engine.state
+        if self.bar is None:
+            total = state.max_epochs * state.epoch_length
+            self.bar = tqdm(total=total, initial=state.iteration, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.bar.set_description(f"epoch {state.epoch}/{state.max_epochs}", refresh=False)
+
+    def _advance(self, engine: Engine) -> None:
+        terms = loss_terms(engine.state.output).items()
+        self.bar.set_postfix({name: f"{float(value):.4f}" for name, value in terms}, refresh=False)
+        self.bar.update()
 
     def _print_validation(self, validator: Engine) -> None:
         values = {name: validator.state.metrics[name] for name in self.metrics if name in validator.state.metrics}
         line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.bar.log_message(f"validation, epoch {validator.state.epoch}: {line}")
+        tqdm.write(f"validation, epoch {validator.state.epoch}: {line}")
 
 
 class MetricsCSV:
@@ -91,7 +99,7 @@ class MetricsCSV:
     def _add(self, engine: Engine) -> None:
         self._iterations += 1
         for name, value in loss_terms(engine.state.output).items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+            self._sums[name] = self._sums.get(name, 0) + value.double()
 
     def _keep_validation(self, validator: Engine) -> None:
         self._validation = {f"val_{name}": value for name, value in validator.state.metrics.items()}

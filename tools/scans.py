@@ -335,9 +335,9 @@ def _check_channels(files: list[_File], channels: int) -> None:
 
 
 def _read_file(path: str) -> _File:
-    _check_bytes(Path(path))
     with _held_back() as printed:
         try:
+            _check_bytes(Path(path))
             if Path(path).is_dir():
                 _check_dicom(Path(path))
             elif path.lower().endswith((".nii", ".nii.gz")):
@@ -438,7 +438,7 @@ def _measure(path: str, array: np.ndarray, affine: np.ndarray) -> _File:
     if 1 in shape:
         raise _Unfit(f"is 2D: found a single slice (shape {_times(shape)}), expected a volume")
     _check_affine(affine)
-    low, high = array.reshape(channels, -1).min(1), array.reshape(channels, -1).max(1)
+    low, high = np.array([(channel.min(), channel.max()) for channel in array]).T
     if not np.isfinite(low).all() or not np.isfinite(high).all():
         bad = array.size - np.isfinite(array).sum()
         raise _Unfit(f"has {bad} NaN or infinite values among {array.size} voxels, expected finite values")

@@ -177,7 +177,7 @@ def max_entropy_counts(patches: int, ratio: float) -> np.ndarray:
     return probability(slope)
 
 
-class FixedDrawd(Compose):
+class FixedDrawd(Randomizable, Transform):
     """Random transforms that draw the same for the same scan: validation crops and masks never change.
 
     Args:
@@ -187,12 +187,12 @@ class FixedDrawd(Compose):
     """
 
     def __init__(self, transforms: Sequence[Transform], seed: int = 0, key: str = "image") -> None:
-        super().__init__(transforms)
+        self.transform = Compose(transforms)
         self.seed = seed
         self.key = key
 
-    def __call__(self, data: Mapping[Hashable, Tensor], **kwargs: object) -> list | dict:
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> list | dict:
         """Apply the transforms after seeding them by the scan's file."""
         name = Path(str(data[self.key].meta["filename_or_obj"])).name
-        self.set_random_state(seed=zlib.crc32(f"{self.seed} {name}".encode()))
-        return super().__call__(data, **kwargs)
+        self.transform.set_random_state(seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        return self.transform(data)
