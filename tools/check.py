@@ -94,6 +94,4 @@ def _write(output: str, content: dict, root: Path) -> None:
         raise ScanError(f"check: found no readable scan to train on, expected at least one to write {output}")
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"Train with: --datalist {shlex.quote(str(output))} --dataset_dir {shlex.quote(str(root.absolute()))}"
-    )
+    print(f"Train with: --datalist {shlex.quote(str(output))} --dataset_dir {shlex.quote(str(root.absolute()))}")

@@ -92,9 +92,7 @@ def find(layout: Layout, folder: Path) -> list[Path]:
         print(f"Left out: {path} has no voxels, its data file {raw_file(path)} does not exist")
     scans = sorted(set(found) - set(without_voxels))
     if not scans:
-        raise ScanError(
-            f"--{layout.option}: found {_contents(folder)} in {folder}, expected scans at {layout}"
-        )
+        raise ScanError(f"--{layout.option}: found {_contents(folder)} in {folder}, expected scans at {layout}")
     return scans
 
 
@@ -111,20 +109,14 @@ def _scans(layout: Layout, place: Path) -> list[Path]:
 
 def _contents(folder: Path) -> str:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    return (
-        ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        if names
-        else "nothing"
-    )
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
 
 
 def _common_folder(folders: list[Path]) -> Path:
     try:
         return Path(os.path.commonpath(folders))
     except ValueError as error:  # two drives of Windows
-        raise ScanError(
-            f"datalist: found {', '.join(map(str, folders))}, expected folders on one drive"
-        ) from error
+        raise ScanError(f"datalist: found {', '.join(map(str, folders))}, expected folders on one drive") from error
 
 
 def _write(output: str, scans: dict[Layout, list[Path]], root: Path) -> None:

@@ -132,9 +132,7 @@ def reconstruction_figure(
         for column, (name, planes) in enumerate(pictures.items()):
             axes = figure.add_subplot(grid[row, column])
             colours, limit = (HEAT, largest) if name == "absolute error" else (GREYS, 1.0)
-            drawn = axes.imshow(
-                planes[plane], cmap=colours, vmin=0, vmax=limit, aspect=aspect, interpolation="nearest"
-            )
+            drawn = axes.imshow(planes[plane], cmap=colours, vmin=0, vmax=limit, aspect=aspect, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             for letter, x in zip(letters, (0.03, 0.97), strict=True):
                 side = "left" if x < 0.5 else "right"
@@ -163,9 +161,7 @@ def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
         ValueError: the file is missing, has no rows or no column to draw.
     """
     rows = read_metrics(metrics_csv)
-    values = {
-        name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())
-    }
+    values = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
     terms = [name for name in values if name.startswith("loss")]
     comparisons = [comparison for comparison in COMPARISONS if comparison[2] in values]
     panels = len(terms) + len(comparisons)

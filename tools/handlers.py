@@ -235,4 +235,7 @@ def report(metrics: Mapping[str, float], path: str | Path) -> None:
         writer.writeheader()
         writer.writerow(metrics)
     width = max(map(len, metrics))
-    print("\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()), f"\nwritten to {path}")
+    print(
+        "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()),
+        f"\nwritten to {path}",
+    )

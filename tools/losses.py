@@ -106,9 +106,7 @@ class LocationLoss(nn.Module):
 
     def forward(self, location: Tensor, targets: RegionTargets) -> Tensor:
         """Logits [B, M, R1, R2, R3] → scalar."""
-        entropy = F.binary_cross_entropy_with_logits(
-            location.float(), targets.location.float(), reduction="none"
-        )
+        entropy = F.binary_cross_entropy_with_logits(location.float(), targets.location.float(), reduction="none")
         return _mean(entropy, targets.location_counts)
 
 

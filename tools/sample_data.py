@@ -437,9 +437,7 @@ def _healthy_brain(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     return tissue
 
 
-def _fissures(
-    rng: np.random.Generator, points: np.ndarray, depth: np.ndarray, wander: np.ndarray
-) -> np.ndarray:
+def _fissures(rng: np.random.Generator, points: np.ndarray, depth: np.ndarray, wander: np.ndarray) -> np.ndarray:
     """Return the distance [N] in mm to the nearest fissure, at points [3, N] that lie depth [N] mm deep.
 
     Sulci are the zero crossings of smooth noise on the surface of a lobe, carried inwards because real ones
@@ -490,9 +488,7 @@ def _save(array: np.ndarray, affine: np.ndarray, orientation: str, path: Path) -
     image.header.set_xyzt_units("mm")
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation)))
     with atomic_path(path) as temporary:
-        temporary.write_bytes(
-            gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
-        )  # no time of day in it
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))  # no time of day in it
 
 
 def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:

@@ -116,9 +116,7 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield every folder that is not hidden with the names of its files; follows links, each folder once."""
     seen = set()
-    for folder, subfolders, names in os.walk(
-        root, followlinks=True, onerror=lambda e: logger.warning("%s", e)
-    ):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=lambda e: logger.warning("%s", e)):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
@@ -404,9 +402,7 @@ def raw_file(path: Path) -> Path | None:
     with path.open("rb") as file:
         header = file.read(1 << 16).decode("latin-1")
     name = re.search(r"^ElementDataFile\s*=\s*(.+?)\s*$", header, re.MULTILINE)
-    if (
-        name is None or name[1] in ("LOCAL", "LIST") or "%" in name[1]
-    ):  # the last two: one file for each slice
+    if name is None or name[1] in ("LOCAL", "LIST") or "%" in name[1]:  # the last two: one file for each slice
         return None
     return path.parent / name[1]
 
@@ -424,9 +420,7 @@ def _check_affine(affine: np.ndarray) -> None:
     spacing = np.linalg.norm(matrix, axis=0)
     if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(matrix / spacing)) < 1e-6:
         rows = " ".join(str(row.round(4).tolist()) for row in matrix)
-        raise _Unfit(
-            f"has a degenerate affine matrix: found the rows {rows}, expected three axes with a spacing > 0"
-        )
+        raise _Unfit(f"has a degenerate affine matrix: found the rows {rows}, expected three axes with a spacing > 0")
 
 
 def _measure(path: str, array: np.ndarray, affine: np.ndarray) -> _File:
@@ -479,9 +473,7 @@ def _failure(path: Path, error: Exception, printed: str) -> str:
         found = f"found {path.stat().st_size} bytes that begin with {start!r}"
         return f"is not an image: {found}, expected the format that its name stands for"
     if "is not wrapped for input type" in said:
-        return (
-            "has several channels of a type that ITK cannot read in Python, expected a file for each channel"
-        )
+        return "has several channels of a type that ITK cannot read in Python, expected a file for each channel"
     return f"cannot be read: {_last_words(printed or str(error)) or type(error).__name__}"
 
 
@@ -494,9 +486,7 @@ def _last_words(text: str) -> str:
 def _check_warnings(printed: str, file: _File) -> None:
     """Refuse a volume that ITK gave although it had complained about it."""
     if "Uncompress failed" in printed:
-        raise _Unfit(
-            "is damaged: ITK could not decompress its data and gave what it had, expected intact data"
-        )
+        raise _Unfit("is damaged: ITK could not decompress its data and gave what it had, expected intact data")
     uneven = re.search(r"maximum nonuniformity:([0-9.e+-]+)", printed)
     gap = file.spacing[2]  # their mean
     if uneven and float(uneven[1]) > 0.25 * gap:  # less is rounding in the headers
@@ -533,9 +523,7 @@ def _lost_slices(folder: Path, slices: list[Path]) -> list[Path]:
     taken = {path.name for path in slices}
     rest = [path for path in folder.iterdir() if path.name not in taken]
     broken = [
-        path
-        for path in rest
-        if _is_dicom(folder, path.name) and _dicom_uid(path, b"\x02\x00\x02\x00") in (kind, b"")
+        path for path in rest if _is_dicom(folder, path.name) and _dicom_uid(path, b"\x02\x00\x02\x00") in (kind, b"")
     ]
     suffix = slices[0].suffix
     empty = [path for path in rest if path.suffix == suffix and path.is_file() and path.stat().st_size == 0]
@@ -592,9 +580,7 @@ def _pixel_bytes(path: Path, enough: int) -> int:
 # -------------------------------------------------------------------------------------- looking at all scans
 
 
-def inspect_scans(
-    items: list[dict], channels: int, workers: int = 0, remember: Path | None = None
-) -> list[Scan]:
+def inspect_scans(items: list[dict], channels: int, workers: int = 0, remember: Path | None = None) -> list[Scan]:
     """Inspect many scans.
 
     Args:
@@ -612,9 +598,7 @@ def inspect_scans(
     unread = [n for n, key in enumerate(keys) if key not in remembered]
     scans = [remembered.get(key) for key in keys]
     pending = [items[n] for n in unread]
-    results = (
-        _in_processes(pending, channels, workers) if workers else (inspect_scan(i, channels) for i in pending)
-    )
+    results = _in_processes(pending, channels, workers) if workers else (inspect_scan(i, channels) for i in pending)
     fresh: dict[str, Scan] = {}
     saved = time.monotonic()
     try:
@@ -632,9 +616,7 @@ def inspect_scans(
 
 
 def _in_processes(items: list[dict], channels: int, workers: int) -> Iterator[Scan]:
-    with ProcessPoolExecutor(
-        min(workers, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(inspect_scan, item, channels) for item in items]
         try:
             for item, future in zip(items, futures, strict=True):
@@ -652,9 +634,7 @@ def _alone(item: dict, channels: int) -> Scan:
         try:
             return pool.submit(inspect_scan, item, channels).result()
         except BrokenProcessPool:
-            return _unfit_scan(
-                item, "kills the process that reads it (a crash of the reader, or memory ran out)"
-            )
+            return _unfit_scan(item, "kills the process that reads it (a crash of the reader, or memory ran out)")
 
 
 def _key(item: dict, channels: int) -> str:
@@ -691,13 +671,9 @@ def _save(remember: Path | None, fresh: dict[str, Scan]) -> None:
     scans = {**_recall(remember), **fresh}  # read again: another process may have saved in the meantime
     try:
         with atomic_path(remember) as temporary:
-            temporary.write_text(
-                json.dumps({key: asdict(scan) for key, scan in scans.items()}), encoding="utf-8"
-            )
+            temporary.write_text(json.dumps({key: asdict(scan) for key, scan in scans.items()}), encoding="utf-8")
     except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s): scans will be read again at the next start", remember, error
-        )
+        logger.warning("%s cannot be written (%s): scans will be read again at the next start", remember, error)
 
 
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -713,14 +689,10 @@ def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list
         ScanError: fewer than two different scans, or `val_fraction` is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
-        raise ScanError(
-            f"val_fraction: found {val_fraction}, expected a number between 0 and 1, both excluded"
-        )
+        raise ScanError(f"val_fraction: found {val_fraction}, expected a number between 0 and 1, both excluded")
     names = sorted({tuple(_paths(item)) for item in items})
     if len(names) < 2:
-        raise ScanError(
-            f"found {len(names)} different scans, expected at least 2: one to train and one to validate"
-        )
+        raise ScanError(f"found {len(names)} different scans, expected at least 2: one to train and one to validate")
     count = min(max(round(val_fraction * len(names)), 1), len(names) - 1)
     chosen = set(random.Random(seed).sample(names, count))
     training = [item for item in items if tuple(_paths(item)) not in chosen]

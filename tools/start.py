@@ -204,8 +204,7 @@ def scan_lines(training: Sequence[Scan], validation: Sequence[Scan], left_out: S
 def _range(values: Sequence[Sequence[float]], pattern: str) -> str:
     axes = zip(*values, strict=True)
     return " × ".join(
-        pattern.format(min(axis)) + ("" if min(axis) == max(axis) else "–" + pattern.format(max(axis)))
-        for axis in axes
+        pattern.format(min(axis)) + ("" if min(axis) == max(axis) else "–" + pattern.format(max(axis))) for axis in axes
     )
 
 

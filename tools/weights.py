@@ -30,7 +30,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{path}: expected a state dict (or one under the key `model`), found {type(content).__name__}")
+        raise WeightsError(
+            f"{path}: expected a state dict (or one under the key `model`), found {type(content).__name__}"
+        )
     return dict(content)
 
 
@@ -49,12 +51,12 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
         if name in found and found[name].shape != expected[name].shape
     ]
     problems = [
-        f"{len(names)} of its {len(found)} tensors {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} of its {len(found)} tensors {what} ({_some(names)})"
         for what, names in (("are not in this network", unknown), ("have another shape", shapes))
         if names
     ]
     if missing:
-        problems.append(f"it lacks {len(missing)} of {len(expected)} ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''})")
+        problems.append(f"it lacks {len(missing)} of {len(expected)} ({_some(missing)})")
     if problems:
         raise WeightsError(
             f"{path}: these are not the weights of {describe(expected)}, they look like {describe(found)}: "
@@ -62,6 +64,10 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
             "(for instance configs/swin_unetr.yaml, configs/small.yaml)"
         )
     return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def load_weights(path: str | Path, network: nn.Module) -> None:

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 from monai.networks.nets import BasicUNet, SwinUNETR
+
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone, crop_level, dropout_active, pooled, whole
 from scripts.hybridmim import HybridMIM, PretrainStep
 from scripts.masking import Geometry, RandPatchMaskd, apply_mask
-
 from tools.losses import HybridMIMLoss, Prediction
 
 FEATURES = (8, 8, 16, 16, 32, 8)

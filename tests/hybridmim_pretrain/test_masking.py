@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose
+
 from scripts.masking import (
     ApplyMaskd,
     FixedDrawd,
@@ -129,14 +130,35 @@ SIZES = {"roi_size": (96,) * 3, "region_size": (32,) * 3, "patch_size": (16,) * 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"roi_size": (90, 96, 96)}, r"roi_size \[90, 96, 96\] must be a multiple of region_size \[32, 32, 32\]"),
-        ({"patch_size": (12, 16, 16)}, r"region_size \[32, 32, 32\] must be a multiple of patch_size \[12, 16, 16\]"),
-        ({"region_size": (24,) * 3, "patch_size": (8,) * 3}, r"region_size \[24, 24, 24\] .*bottleneck stride .*\[16"),
-        ({"decode_size": (40, 64, 64)}, r"decode_size \[40, 64, 64\] must be a multiple of the bottleneck stride"),
-        ({"decode_size": (16, 64, 64)}, r"decode_size \[16, 64, 64\] must span at least two voxels .* 32 voxels"),
-        ({"decode_size": (128, 64, 64)}, r"decode_size \[128, 64, 64\] must fit into roi_size \[96, 96, 96\]"),
+        (
+            {"roi_size": (90, 96, 96)},
+            r"roi_size \[90, 96, 96\] must be a multiple of region_size \[32, 32, 32\]",
+        ),
+        (
+            {"patch_size": (12, 16, 16)},
+            r"region_size \[32, 32, 32\] must be a multiple of patch_size \[12, 16, 16\]",
+        ),
+        (
+            {"region_size": (24,) * 3, "patch_size": (8,) * 3},
+            r"region_size \[24, 24, 24\] .*bottleneck stride .*\[16",
+        ),
+        (
+            {"decode_size": (40, 64, 64)},
+            r"decode_size \[40, 64, 64\] must be a multiple of the bottleneck stride",
+        ),
+        (
+            {"decode_size": (16, 64, 64)},
+            r"decode_size \[16, 64, 64\] must span at least two voxels .* 32 voxels",
+        ),
+        (
+            {"decode_size": (128, 64, 64)},
+            r"decode_size \[128, 64, 64\] must fit into roi_size \[96, 96, 96\]",
+        ),
         ({"roi_size": (96, 96)}, r"roi_size must be three whole numbers of voxels above 0, found \[96, 96\]"),
-        ({"patch_size": (16, 16, 0)}, r"patch_size must be three whole numbers of voxels above 0, found \[16, 16, 0\]"),
+        (
+            {"patch_size": (16, 16, 0)},
+            r"patch_size must be three whole numbers of voxels above 0, found \[16, 16, 0\]",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):

@@ -104,9 +104,7 @@ def test_nothing_counted(tmp_path):
 def test_a_reconstruction_without_numbers_is_still_drawn(tmp_path):
     image, masked, reconstruction, counted = phantom()
     path = tmp_path / "figure.png"
-    reconstruction_figure(
-        path, image, masked, np.full_like(reconstruction, np.nan), title="t", counted=counted
-    )
+    reconstruction_figure(path, image, masked, np.full_like(reconstruction, np.nan), title="t", counted=counted)
     assert path.is_file()
 
 

@@ -149,9 +149,7 @@ def test_tissues_have_their_hounsfield_units(abdomen):
     for _, _, image, array in abdomen[1]:
         for name, (least, most) in ranges.items():
             assert least < np.median(image[array == ORGANS[name]]) < most, name
-        assert (
-            np.median(image[array == ORGANS["liver"]]) > np.median(image[array == ORGANS["gallbladder"]]) + 30
-        )
+        assert np.median(image[array == ORGANS["liver"]]) > np.median(image[array == ORGANS["gallbladder"]]) + 30
         assert image.min() >= -1024
         share = {
             "air": np.mean(image < -950),
@@ -213,10 +211,7 @@ def test_tumour_contrast(brain):
         assert signal["t1ce"][4] > 1.3 * max(signal["t1ce"][n] for n in (0, 1, 2))
         assert signal["t1ce"][1] == min(signal["t1ce"].values())
         assert signal["t1ce"][4] / signal["t1ce"][2] > 1.3 * signal["t1"][4] / signal["t1"][2]
-        assert (
-            signal["flair"][2] == max(signal["flair"].values())
-            and signal["flair"][2] > 1.4 * signal["flair"][0]
-        )
+        assert signal["flair"][2] == max(signal["flair"].values()) and signal["flair"][2] > 1.4 * signal["flair"][0]
         assert signal["flair"][2] > 1.3 * signal["flair"][1]
         assert signal["t2"][2] > 1.05 * signal["t2"][0]
         assert signal["t2"][1] > 1.05 * signal["t2"][0]

@@ -206,9 +206,7 @@ def test_says_that_there_is_no_datalist(tmp_path):
 
 def test_lists_missing_images_together(tmp_path):
     path = write_list(tmp_path, {"training": [f"{n:02}.nii" for n in range(13)] + ["list.json"]})
-    with pytest.raises(
-        ScanError, match=r"13 image files do not exist: .*09\.nii and 3 more; expected them below"
-    ):
+    with pytest.raises(ScanError, match=r"13 image files do not exist: .*09\.nii and 3 more; expected them below"):
         read_datalist(path, None, "training")
 
 
@@ -486,18 +484,14 @@ def test_keeps_the_order(tmp_path, workers):
     result = inspect_scans(items, channels=1, workers=workers)
     assert [scan.image for scan in result] == [entry["image"] for entry in items]
     assert [n for n, scan in enumerate(result) if scan.problem] == [7]
-    assert [scan.high for scan in result if not scan.problem] == [
-        volume(n).max() for n in range(23) if n != 7
-    ]
+    assert [scan.high for scan in result if not scan.problem] == [volume(n).max() for n in range(23) if n != 7]
 
 
 def test_nothing_to_inspect():
     assert inspect_scans([], channels=1, workers=2) == []
 
 
-@pytest.mark.skipif(
-    multiprocessing.get_start_method() != "fork", reason="the patch reaches forked workers only"
-)
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch reaches forked workers only")
 def test_a_crash_of_a_reader_is_put_down_to_its_scan(tmp_path, monkeypatch):
     check_bytes = scans._check_bytes
     monkeypatch.setattr(scans, "_check_bytes", lambda p: os._exit(1) if p.name == "1.nii" else check_bytes(p))
@@ -561,9 +555,7 @@ def test_a_memory_serves_several_data_sets(tmp_path):
 def test_problems_are_looked_at_again(tmp_path):
     items = [item(write_nifti(tmp_path / "a.nii")), item(cut(write_nifti(tmp_path / "b.nii")))]
     inspect_scans(items, channels=1, remember=tmp_path / "scans.json")
-    assert [scan["image"] for scan in json.loads((tmp_path / "scans.json").read_text()).values()] == [
-        items[0]["image"]
-    ]
+    assert [scan["image"] for scan in json.loads((tmp_path / "scans.json").read_text()).values()] == [items[0]["image"]]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"image": "x"}}', "\xff"])
@@ -602,8 +594,7 @@ def test_several_ranks_may_share_a_memory(tmp_path):
     items = [item(write_nifti(tmp_path / f"{n}.nii", volume(n))) for n in range(6)]
     remember = tmp_path / "scans.json"
     ranks = [
-        multiprocessing.Process(target=inspect_scans, args=(items, 1), kwargs={"remember": remember})
-        for _ in range(3)
+        multiprocessing.Process(target=inspect_scans, args=(items, 1), kwargs={"remember": remember}) for _ in range(3)
     ]
     for rank in ranks:
         rank.start()
@@ -662,9 +653,7 @@ def test_split_takes_lists_of_channels():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
 def test_split_refuses_a_fraction_outside(fraction):
-    with pytest.raises(
-        ScanError, match=rf"val_fraction: found {fraction}, expected a number between 0 and 1"
-    ):
+    with pytest.raises(ScanError, match=rf"val_fraction: found {fraction}, expected a number between 0 and 1"):
         split_scans(many(), fraction, seed=0)
 
 

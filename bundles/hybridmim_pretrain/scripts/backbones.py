@@ -73,9 +73,7 @@ class UNetBackbone(BasicUNet):
         self.bottleneck_channels = features[4]
         stages = [self.conv_0, self.down_1, self.down_2, self.down_3, self.down_4]
         if not set(dropout_stages) <= set(range(len(stages))):
-            raise ValueError(
-                f"dropout_stages must be among 0 … {len(stages) - 1}, found {list(dropout_stages)}"
-            )
+            raise ValueError(f"dropout_stages must be among 0 … {len(stages) - 1}, found {list(dropout_stages)}")
         with_dropout = {m for i in dropout_stages for m in stages[i].modules()}
         for module in self.modules():
             if isinstance(module, nn.Dropout) and module not in with_dropout:

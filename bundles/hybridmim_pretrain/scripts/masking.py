@@ -55,9 +55,7 @@ class Geometry:
                     f"{2 * self.stride} voxels along each axis"
                 )
         if any(d > r for d, r in zip(self.decode_size, self.roi_size, strict=True)):
-            raise ValueError(
-                f"decode_size {list(self.decode_size)} must fit into roi_size {list(self.roi_size)}"
-            )
+            raise ValueError(f"decode_size {list(self.decode_size)} must fit into roi_size {list(self.roi_size)}")
 
     def _divides(self, key: str, by: str, divisor: Sequence[int]) -> None:
         size = getattr(self, key)

@@ -80,7 +80,10 @@ class PretrainMetrics(Metric):
     def compute(self) -> dict[str, float]:
         """All metrics as numbers."""
         s = {name: idist.all_reduce(value.to(idist.device())).cpu() for name, value in self._sums.items()}
-        mse, patches = s["squared_error"] / s["masked_voxels"], s["scores_masked"].sum() + s["scores_visible"].sum()
+        mse, patches = (
+            s["squared_error"] / s["masked_voxels"],
+            s["scores_masked"].sum() + s["scores_visible"].sum(),
+        )
         metrics = {name: s[name] / s["crops"] for name in s if name.startswith("loss")} | {
             "masked_mse": mse,
             "mean_mse": s["squared_error_of_mean"] / s["masked_voxels"],

@@ -92,7 +92,10 @@ def start_training(
                 f"{type(network.backbone).__name__}, {size.pop('backbone') / 1e6:.2f} M parameters, "
                 f"heads {sum(size.values()) / 1e6:.2f} M",
             ),
-            ("memory", f"about {size_text(memory)} per process for training in 32 bit, plus {size_text(cached)} of cache"),
+            (
+                "memory",
+                f"about {size_text(memory)} per process for training in 32 bit, plus {size_text(cached)} of cache",
+            ),
             ("weights", f"resumed from {resumed}" if resumed else "new, at random"),
         ]
     )
