@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import fire
 
 from tools.check import check
@@ -17,4 +19,7 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    fire.Fire(COMMANDS, name="tools")
+    try:
+        fire.Fire(COMMANDS, name="tools")
+    except (ValueError, OSError) as error:  # wrong input: its message says all
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.files import atomic_path
-from tools.scans import Scan, ScanError, datalist_items, find_scans, inspect_scans, load_datalist
+from tools.inspection import Scan, inspect_scans
+from tools.scans import ScanError, datalist_items, find_scans, load_datalist
 
 COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
 

@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tools.files import atomic_path
-from tools.scans import ScanError, raw_file
+from tools.inspection import raw_file
+from tools.scans import ScanError
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset
 
+from tools.inspection import scan_key
+
 CACHES = ("none", "memory", "disk")
 
 
@@ -59,9 +61,7 @@ def _with_meta() -> dict[str, bool]:
 
 def hash_item(item: Mapping[str, Any]) -> bytes:
     """Changes with the item and with the size or date of its files."""
-    paths = np.atleast_1d(item["image"]).tolist()
-    stats = [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
-    return _digest([dict(item), stats])
+    return _digest([dict(item), scan_key(item)])
 
 
 def hash_transforms(transforms: Sequence[Any]) -> bytes:

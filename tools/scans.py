@@ -1,80 +1,27 @@
-"""Finds scans, reads data lists, and looks at every scan before any training time is spent on it.
+"""Finds scans, reads data lists of them, and splits them into training and validation.
 
-Training meets a bad file hours after its start, and some readers never complain: GDCM drops the slices of a
-DICOM series that it cannot read, ITK goes on after a failed decompression. So every scan is read once, whole,
-by the reader that training will use, and what the reader keeps to itself is checked here.
+Looking into the scans is in `tools.inspection`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import random
 import re
-import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-
-import itk
-import nibabel as nib
-import numpy as np
-import torch
-from monai.data import affine_to_spacing
-from monai.transforms import LoadImage
-from nibabel.openers import ImageOpener
-from tqdm import tqdm
-
-from tools.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 RAW = (".raw", ".zraw")  # the voxels of a .mhd
-REMEMBER_FORMAT = 1  # raise it when a check is added, so that remembered scans are looked at again
-SAVE_EVERY = 60.0  # seconds between two savings while thousands of scans are read
-UNCOMPRESSED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1")  # DICOM transfer syntaxes, little endian
 
 
 class ScanError(ValueError):
     """Scans, or a list of them, are not what was expected; the message says what was found."""
-
-
-class _Unfit(Exception):
-    """One scan cannot be trained on; the message becomes `Scan.problem`."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What training will see of one scan; without the voxels.
-
-    Attributes:
-        image: path of the file or DICOM folder, or a list of paths, one for each channel.
-        channels: number of channels.
-        shape: voxels along the three axes.
-        spacing: voxel size in mm along the three axes.
-        low: lowest intensity, in the unit of the file (HU for CT).
-        high: highest intensity.
-        problem: why it cannot be trained on, in one sentence, and then all numbers are zero; None if it can.
-    """
-
-    image: str | list[str]
-    channels: int
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    low: float
-    high: float
-    problem: str | None
 
 
 # ---------------------------------------------------------------------------------------------- finding scans
@@ -100,7 +47,7 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
     for folder, names in _walk(root):
         rest = [name for name in names if not name.lower().endswith(EXTENSIONS)]
         scans += [str(folder / name) for name in names if name.lower().endswith(EXTENSIONS)]
-        if any(_is_dicom(folder, name) for name in rest):
+        if any(is_dicom(folder, name) for name in rest):
             scans.append(str(folder))
         else:
             others += len(rest)
@@ -126,7 +73,8 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), [name for name in names if not name.startswith(".")]
 
 
-def _is_dicom(folder: Path, name: str) -> bool:
+def is_dicom(folder: Path, name: str) -> bool:
+    """Whether a file of the folder is DICOM, by its first bytes."""
     if name.upper() == "DICOMDIR" or name.lower().endswith(RAW):  # DICOMDIR is a table of contents
         return False
     try:
@@ -170,7 +118,7 @@ def read_datalist(datalist: str | Path, dataset_dir: str | Path | None, section:
         ScanError: no such file, not JSON, an entry of another form, no training entry, or missing images.
     """
     items = datalist_items(datalist, dataset_dir, section)
-    missing = [path for item in items for path in _paths(item) if not Path(path).exists()]
+    missing = [path for item in items for path in paths_of(item) if not Path(path).exists()]
     if missing:
         first = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ScanError(
@@ -235,445 +183,10 @@ def _entry_image(entry: object, base: Path, where: str) -> str | list[str]:
     raise ScanError(f"{where}: found the image {image!r}, expected a path or a list of paths")
 
 
-def _paths(item: dict) -> list[str]:
+def paths_of(item: dict) -> list[str]:
+    """Files of an item: one, or one for each channel."""
     image = item["image"]
     return [str(path) for path in image] if isinstance(image, list | tuple) else [str(image)]
-
-
-# ------------------------------------------------------------------------------------------ looking at a scan
-
-
-@dataclass(frozen=True)
-class _File:
-    """What one file, or one DICOM folder, holds."""
-
-    path: str
-    channels: int
-    shape: tuple[int, ...]
-    affine: np.ndarray
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        shape = self.shape if self.channels == 1 else (*self.shape, self.channels)
-        return f"{len(shape)}D, shape {_times(shape)}"
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        return tuple(affine_to_spacing(self.affine, r=3).tolist())
-
-
-def inspect_scan(item: dict, channels: int) -> Scan:
-    """Read a whole scan as training will, and say what it is.
-
-    While it reads, what libraries print to stderr is held back from the whole process: call it from several
-    processes rather than from several threads.
-
-    Args:
-        item: `{"image": path}`, or a list of paths, one for each channel.
-        channels: number of channels that the network takes.
-
-    Returns:
-        The scan. Bad data do not raise: `Scan.problem` says what was found and what was expected.
-    """
-    paths = _paths(item)
-    try:
-        files = [_read_file(paths[0])] if len(paths) == 1 else _read_channels(paths)
-        _check_channels(files, channels)
-    except _Unfit as reason:
-        return _unfit_scan(item, str(reason))
-    return Scan(
-        image=_image(item),
-        channels=channels,
-        shape=files[0].shape,
-        spacing=files[0].spacing,
-        low=min(file.low for file in files),
-        high=max(file.high for file in files),
-        problem=None,
-    )
-
-
-def _unfit_scan(item: dict, problem: str) -> Scan:
-    return Scan(_image(item), 0, (0, 0, 0), (0.0, 0.0, 0.0), 0.0, 0.0, problem)
-
-
-def _image(item: dict) -> str | list[str]:
-    return _paths(item) if isinstance(item["image"], list | tuple) else str(item["image"])
-
-
-def _read_channels(paths: list[str]) -> list[_File]:
-    """Read a scan of one file for each channel; as in MONAI, all must lie in one place."""
-    files: list[_File] = []
-    for path in paths:
-        name = Path(path).name
-        try:
-            file = _read_file(path)
-        except _Unfit as reason:
-            raise _Unfit(f"its channel file {name} {reason}") from reason
-        if file.channels != 1:
-            raise _Unfit(f"its channel file {name} has {file.channels} channels ({file}), expected 1")
-        files.append(file)
-        pair = f"its channel files {Path(paths[0]).name} and {name}"
-        if file.shape != files[0].shape:
-            shapes = f"{_times(files[0].shape)} and {_times(file.shape)}"
-            raise _Unfit(f"{pair} have different shapes ({shapes}), expected the same")
-        if not np.allclose(file.affine, files[0].affine):
-            raise _Unfit(f"{pair} have different affine matrices, expected the same place in space")
-    return files
-
-
-def _check_channels(files: list[_File], channels: int) -> None:
-    found = sum(file.channels for file in files)
-    if found != channels:
-        many = f"{len(files)} files, each " if len(files) > 1 else ""
-        raise _Unfit(
-            f"has {found} channel{'s' * (found > 1)} ({many}{files[0]}), expected {channels}: "
-            f"set in_channels to {found} if every scan has that many"
-        )
-
-
-def _read_file(path: str) -> _File:
-    with _held_back() as printed:
-        try:
-            _check_bytes(Path(path))
-            if Path(path).is_dir():
-                _check_dicom(Path(path))
-            elif path.lower().endswith((".nii", ".nii.gz")):
-                _check_nifti(path)
-            volume = _loader()(path)
-            file = _measure(path, volume.array, np.asarray(volume.affine, dtype=float))
-        except _Unfit:
-            raise
-        except Exception as error:
-            raise _Unfit(_failure(Path(path), error, printed())) from error
-        _check_warnings(printed(), file)
-    return file
-
-
-@cache
-def _loader() -> LoadImage:
-    return LoadImage(image_only=True, ensure_channel_first=True)
-
-
-@contextmanager
-def _held_back() -> Iterator[Callable[[], str]]:
-    """Hold back what is printed to stderr, and give it as text.
-
-    ITK's C++ parts write to file descriptor 2, past `sys.stderr`, and some failures are told nowhere else.
-    """
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", np.exceptions.ComplexWarning)  # half of the data would be thrown away
-
-        def printed() -> str:
-            sys.stderr.flush()
-            sink.seek(0)
-            return sink.read().decode(errors="replace").strip()
-
-        sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield printed
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def _check_bytes(path: Path) -> None:
-    if not path.exists():
-        raise _Unfit("does not exist")
-    if path.is_dir():
-        return
-    if path.stat().st_size == 0:
-        raise _Unfit("is empty: found 0 bytes, expected an image")
-    raw = raw_file(path)
-    if raw is not None and not raw.exists():
-        raise _Unfit(f"has no voxels: its data file {raw.name} does not exist, expected it beside the .mhd")
-    if raw is not None and raw.stat().st_size == 0:
-        raise _Unfit(f"has no voxels: found 0 bytes in its data file {raw.name}")
-
-
-def raw_file(path: Path) -> Path | None:
-    """Return the file that holds the voxels of a `.mhd`, by its header; None if it names no single file."""
-    if path.suffix.lower() != ".mhd":
-        return None
-    with path.open("rb") as file:
-        header = file.read(1 << 16).decode("latin-1")
-    name = re.search(r"^ElementDataFile\s*=\s*(.+?)\s*$", header, re.MULTILINE)
-    if name is None or name[1] in ("LOCAL", "LIST") or "%" in name[1]:  # the last two: one file for each slice
-        return None
-    return path.parent / name[1]
-
-
-def _check_nifti(path: str) -> None:
-    """Refuse an affine without volume, which nibabel and MONAI would replace (a spacing of 0 becomes 1)."""
-    header_class = nib.load(path).header_class
-    with ImageOpener(path) as file:
-        affine = header_class.from_fileobj(file, check=False).get_best_affine()
-    _check_affine(affine)
-
-
-def _check_affine(affine: np.ndarray) -> None:
-    matrix = affine[:3, :3]
-    spacing = np.linalg.norm(matrix, axis=0)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(matrix / spacing)) < 1e-6:
-        rows = " ".join(str(row.round(4).tolist()) for row in matrix)
-        raise _Unfit(f"has a degenerate affine matrix: found the rows {rows}, expected three axes with a spacing > 0")
-
-
-def _measure(path: str, array: np.ndarray, affine: np.ndarray) -> _File:
-    """Describe an array [channels, *spatial]; refuse what cannot be trained on."""
-    channels, *shape = array.shape
-    if len(shape) != 3:
-        axes = shape if channels == 1 else [*shape, channels]
-        raise _Unfit(f"is {len(axes)}D: found the shape {_times(axes)}, expected three axes in space")
-    if 1 in shape:
-        raise _Unfit(f"is 2D: found a single slice (shape {_times(shape)}), expected a volume")
-    _check_affine(affine)
-    low, high = np.array([(channel.min(), channel.max()) for channel in array]).T
-    if not np.isfinite(low).all() or not np.isfinite(high).all():
-        bad = array.size - np.isfinite(array).sum()
-        raise _Unfit(f"has {bad} NaN or infinite values among {array.size} voxels, expected finite values")
-    if (low == high).any():
-        channel = int((low == high).argmax())
-        what = f"channel {channel} (counted from 0)" if channels > 1 else "every voxel"
-        raise _Unfit(f"is constant: {what} has the value {low[channel]:g}, expected an image")
-    return _File(path, channels, tuple(shape), affine, float(low.min()), float(high.max()))
-
-
-def _times(shape: tuple[int, ...] | list[int]) -> str:
-    return "x".join(str(size) for size in shape)
-
-
-# Each reader says "short file" in its own words: ITK for MetaImage, nibabel, and two of teem's for NRRD.
-_SHORT = (
-    r"ideal = (?P<expected>\d+) : actual = (?P<found>\d+)",
-    r"Expected (?P<expected>\d+) bytes, got (?P<found>\d+) bytes",
-    r"expected (?P<expected>\d+) bytes but received (?P<found>\d+)",
-    r"got only (?P<found>\d+) (?P<size>\d+)-sized things, not (?P<expected>\d+)",
-)
-_NO_IMAGE = ("Cannot work out file type", "is not a gzip file", "Could not create IO object")
-
-
-def _failure(path: Path, error: Exception, printed: str) -> str:
-    """Say in one sentence why a reader failed."""
-    said = f"{error}\n{printed}"
-    for pattern in _SHORT:
-        if short := re.search(pattern, said):
-            size = int(short.groupdict().get("size", 1))
-            found, expected = int(short["found"]) * size, int(short["expected"]) * size
-            return f"is truncated: found {found} bytes of data, expected {expected}"
-    if isinstance(error, EOFError):
-        return f"is truncated: found {path.stat().st_size} bytes, but its compressed data go on"
-    if path.is_file() and any(words in said for words in _NO_IMAGE):
-        with path.open("rb") as file:
-            start = file.read(24)
-        found = f"found {path.stat().st_size} bytes that begin with {start!r}"
-        return f"is not an image: {found}, expected the format that its name stands for"
-    if "is not wrapped for input type" in said:
-        return "has several channels of a type that ITK cannot read in Python, expected a file for each channel"
-    return f"cannot be read: {_last_words(printed or str(error)) or type(error).__name__}"
-
-
-def _last_words(text: str) -> str:
-    """Return the most specific part of an error message, in one line; teem goes from general to specific."""
-    text = re.split(r"ITK ERROR: (?:\w+\(0x\w+\): )?|\[nrrd\] ", text)[-1]
-    return " ".join(text.split())[:300]
-
-
-def _check_warnings(printed: str, file: _File) -> None:
-    """Refuse a volume that ITK gave although it had complained about it."""
-    if "Uncompress failed" in printed:
-        raise _Unfit("is damaged: ITK could not decompress its data and gave what it had, expected intact data")
-    uneven = re.search(r"maximum nonuniformity:([0-9.e+-]+)", printed)
-    gap = file.spacing[2]  # their mean
-    if uneven and float(uneven[1]) > 0.25 * gap:  # less is rounding in the headers
-        raise _Unfit(
-            f"has uneven gaps between its {file.shape[2]} slices: found up to {float(uneven[1]):.3g} mm "
-            f"off the mean of {gap:.3g} mm, expected equal ones (is a slice missing, or there twice?)"
-        )
-
-
-def _check_dicom(folder: Path) -> None:
-    """Refuse what GDCM passes over in silence: more series, unreadable slices, short slices, no spacing."""
-    generator = itk.GDCMSeriesFileNames.New()  # with the settings of MONAI's ITKReader
-    generator.SetUseSeriesDetails(True)
-    generator.AddSeriesRestriction("0008|0021")
-    generator.SetDirectory(str(folder))
-    series = generator.GetSeriesUIDs()
-    if not series:
-        raise _Unfit("holds no DICOM image that can be read, expected one series")
-    if len(series) > 1:
-        raise _Unfit(f"holds {len(series)} DICOM series, expected 1: give each a folder of its own")
-    slices = [Path(name) for name in generator.GetFileNames(series[0])]
-    lost = _lost_slices(folder, slices)
-    if lost:
-        raise _Unfit(
-            f"is incomplete: found {len(slices)} slices that can be read, expected {len(slices) + len(lost)} "
-            f"(the first that cannot: {lost[0].name})"
-        )
-    _check_dicom_tags(slices)
-
-
-def _lost_slices(folder: Path, slices: list[Path]) -> list[Path]:
-    """Find the slices that GDCM did not take; files of another kind (reports, contours) are no slices."""
-    kind = _dicom_uid(slices[0], b"\x02\x00\x02\x00")
-    taken = {path.name for path in slices}
-    rest = [path for path in folder.iterdir() if path.name not in taken]
-    broken = [
-        path for path in rest if _is_dicom(folder, path.name) and _dicom_uid(path, b"\x02\x00\x02\x00") in (kind, b"")
-    ]
-    suffix = slices[0].suffix
-    empty = [path for path in rest if path.suffix == suffix and path.is_file() and path.stat().st_size == 0]
-    return sorted(broken + empty)
-
-
-def _dicom_uid(path: Path, tag: bytes) -> bytes:
-    """Return a UID of the file's meta information; empty if there is none."""
-    with path.open("rb") as file:
-        found = re.search(re.escape(tag) + rb"UI..([0-9.]+)", file.read(2048), re.DOTALL)
-    return found[1] if found else b""
-
-
-def _check_dicom_tags(slices: list[Path]) -> None:
-    reader = itk.GDCMImageIO.New()
-    reader.SetFileName(str(slices[0]))
-    reader.ReadImageInformation()
-    tags = reader.GetMetaDataDictionary()
-
-    def numbers(tag: str, default: str) -> list[float]:
-        text = tags[tag] if tags.HasKey(tag) else default
-        return [float(number) for number in text.split("\\")]
-
-    spacing = numbers("0028|0030", "1")
-    if not all(spacing):
-        raise _Unfit(f"has the pixel spacing {spacing} mm, expected more than 0")
-    rows, columns, bits = numbers("0028|0010", "0") + numbers("0028|0011", "0") + numbers("0028|0100", "8")
-    samples, frames = numbers("0028|0002", "1") + numbers("0028|0008", "1")
-    expected = int(rows * columns * samples * frames * bits) // 8
-    for path in slices:
-        found = _pixel_bytes(path, expected)
-        if found < expected:
-            raise _Unfit(f"is truncated: found {found} bytes of pixels in {path.name}, expected {expected}")
-
-
-def _pixel_bytes(path: Path, enough: int) -> int:
-    """Return the length of the pixel data, or `enough` if they are compressed.
-
-    GDCM reads beyond the end of short ones: other memory shows up as voxels, or the process crashes.
-    """
-    if _dicom_uid(path, b"\x02\x00\x10\x00") not in UNCOMPRESSED:
-        return enough
-    content = path.read_bytes()
-    longest, at = 0, content.find(b"\xe0\x7f\x10\x00")
-    while at >= 0 and longest < enough:  # the first may belong to a preview
-        length_at = at + 8 if content[at + 4 : at + 6] in (b"OB", b"OW") else at + 4
-        length = int.from_bytes(content[length_at : length_at + 4], "little")
-        if length_at + 4 + length <= len(content):
-            longest = max(longest, length)
-        at = content.find(b"\xe0\x7f\x10\x00", at + 4)
-    return min(longest, enough)
-
-
-# -------------------------------------------------------------------------------------- looking at all scans
-
-
-def inspect_scans(items: list[dict], channels: int, workers: int = 0, remember: Path | None = None) -> list[Scan]:
-    """Inspect many scans.
-
-    Args:
-        items: as from `find_scans` or `read_datalist`.
-        channels: number of channels that the network takes.
-        workers: processes that read; 0 reads in this one.
-        remember: JSON file that keeps readable scans, so that unchanged files are not read a second time.
-            Several processes may share it. If it cannot be read or written, that is only logged.
-
-    Returns:
-        One `Scan` for each item, in their order.
-    """
-    remembered = _recall(remember)
-    keys = [_key(item, channels) for item in items]
-    unread = [n for n, key in enumerate(keys) if key not in remembered]
-    scans = [remembered.get(key) for key in keys]
-    pending = [items[n] for n in unread]
-    results = _in_processes(pending, channels, workers) if workers else (inspect_scan(i, channels) for i in pending)
-    fresh: dict[str, Scan] = {}
-    saved = time.monotonic()
-    try:
-        bar = tqdm(results, total=len(pending), desc="Reading scans", unit="scan", disable=len(pending) <= 20)
-        for n, scan in zip(unread, bar, strict=True):
-            scans[n] = scan
-            if scan.problem is None:  # a disk or a network may recover: problems are looked at again
-                fresh[keys[n]] = scan
-            if time.monotonic() - saved > SAVE_EVERY:
-                _save(remember, fresh)
-                saved = time.monotonic()
-    finally:  # an interrupted start keeps what it has read
-        _save(remember, fresh)
-    return scans
-
-
-def _in_processes(items: list[dict], channels: int, workers: int) -> Iterator[Scan]:
-    with ProcessPoolExecutor(min(workers, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(inspect_scan, item, channels) for item in items]
-        try:
-            for item, future in zip(items, futures, strict=True):
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    yield _alone(item, channels)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _alone(item: dict, channels: int) -> Scan:
-    """Read a scan in a process of its own, so that a crash of the reader is put down to the right scan."""
-    with ProcessPoolExecutor(1) as pool:
-        try:
-            return pool.submit(inspect_scan, item, channels).result()
-        except BrokenProcessPool:
-            return _unfit_scan(item, "kills the process that reads it (a crash of the reader, or memory ran out)")
-
-
-def _key(item: dict, channels: int) -> str:
-    """Name a scan by its path, channels, and the size and time of every file that belongs to it."""
-    lines = [f"format {REMEMBER_FORMAT}, {channels} channels"]
-    for path in map(Path, _paths(item)):
-        try:
-            files = sorted(path.iterdir()) if path.is_dir() else [path, raw_file(path) or path]
-            states = [(file, file.stat()) for file in files]
-        except OSError:  # missing: never remembered, because it has a problem
-            states = []
-        lines += [f"{file.absolute()} {state.st_size} {state.st_mtime_ns}" for file, state in states]
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
-def _recall(remember: Path | None) -> dict[str, Scan]:
-    if remember is None or not Path(remember).exists():
-        return {}
-    try:
-        content = json.loads(Path(remember).read_text(encoding="utf-8"))
-        return {key: _from_json(scan) for key, scan in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        logger.warning("%s cannot be used (%s): scans are read again", remember, error)
-        return {}
-
-
-def _from_json(scan: dict) -> Scan:
-    return Scan(**{**scan, "shape": tuple(scan["shape"]), "spacing": tuple(scan["spacing"])})
-
-
-def _save(remember: Path | None, fresh: dict[str, Scan]) -> None:
-    if remember is None or not fresh:
-        return
-    scans = {**_recall(remember), **fresh}  # read again: another process may have saved in the meantime
-    try:
-        with atomic_path(remember) as temporary:
-            temporary.write_text(json.dumps({key: asdict(scan) for key, scan in scans.items()}), encoding="utf-8")
-    except OSError as error:
-        logger.warning("%s cannot be written (%s): scans will be read again at the next start", remember, error)
 
 
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -690,11 +203,11 @@ def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list
     """
     if not 0 < val_fraction < 1:
         raise ScanError(f"val_fraction: found {val_fraction}, expected a number between 0 and 1, both excluded")
-    names = sorted({tuple(_paths(item)) for item in items})
+    names = sorted({tuple(paths_of(item)) for item in items})
     if len(names) < 2:
         raise ScanError(f"found {len(names)} different scans, expected at least 2: one to train and one to validate")
     count = min(max(round(val_fraction * len(names)), 1), len(names) - 1)
     chosen = set(random.Random(seed).sample(names, count))
-    training = [item for item in items if tuple(_paths(item)) not in chosen]
-    validation = [item for item in items if tuple(_paths(item)) in chosen]
-    return sorted(training, key=_paths), sorted(validation, key=_paths)
+    training = [item for item in items if tuple(paths_of(item)) not in chosen]
+    validation = [item for item in items if tuple(paths_of(item)) in chosen]
+    return sorted(training, key=paths_of), sorted(validation, key=paths_of)

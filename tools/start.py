@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from tools.handlers import newest_checkpoint
-from tools.scans import Scan, ScanError, find_scans, inspect_scans, read_datalist, split_scans
+from tools.inspection import Scan, inspect_scans
+from tools.scans import ScanError, find_scans, read_datalist, split_scans
 from tools.weights import WeightsError, check_weights
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tools.check import check, summary
-from tools.scans import Scan, ScanError, read_datalist
+from tools.inspection import Scan
+from tools.scans import ScanError, read_datalist
 
 
 def write(path, shape=(8, 9, 10), spacing=(1.0, 1.0, 2.5), seed=0):

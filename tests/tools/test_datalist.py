@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tools.datalist import pretrain
-from tools.scans import ScanError, find_scans, inspect_scans, read_datalist
+from tools.inspection import inspect_scans
+from tools.scans import ScanError, find_scans, read_datalist
 
 HEADER = """ObjectType = Image
 NDims = 3

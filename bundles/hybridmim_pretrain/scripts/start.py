@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tools.inspection import Scan
 from tools.losses import HybridMIMLoss
-from tools.scans import Scan
 from tools.start import (
     require_cache_room,
     require_resumable,
