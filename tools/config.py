@@ -32,6 +32,18 @@ def save_config(path: str | Path) -> None:
         yaml.safe_dump(config, file, sort_keys=False, width=110)
 
 
+def truth(value: bool | str) -> bool:
+    """The command line gives `--resume true` as text, and any text would count as true.
+
+    Raises:
+        ValueError: neither true nor false.
+    """
+    words = {"true": True, "false": False}
+    if str(value).lower() not in words:
+        raise ValueError(f"found {value!r}, expected true or false")
+    return words[str(value).lower()]
+
+
 def _calling_parser() -> ConfigParser:
     frame = inspect.currentframe()
     while frame is not None:

@@ -12,6 +12,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, set_rnd
+from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -66,6 +67,31 @@ class ProgressBar:
         values = {name: validator.state.metrics[name] for name in self.metrics if name in validator.state.metrics}
         line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         tqdm.write(f"validation, epoch {validator.state.epoch}: {line}")
+
+
+class ValidateEpochs:
+    """Validates every so many epochs, and after the last.
+
+    Args:
+        validator: engine to run.
+        interval: epochs.
+    """
+
+    def __init__(self, validator: Evaluator, interval: int) -> None:
+        self.validator = validator
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+
+        def due(trainer: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == trainer.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Validate now."""
+        self.validator.run(engine.state.epoch)
 
 
 class MetricsCSV:

@@ -17,6 +17,7 @@ import ignite.distributed as idist
 import torch
 from torch import nn
 
+from tools.config import truth
 from tools.handlers import newest_checkpoint
 from tools.inspection import Scan, inspect_scans
 from tools.scans import ScanError, find_scans, read_datalist, split_scans
@@ -60,7 +61,7 @@ def find_training_scans(
     training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir)
     validation = read_datalist(datalist, dataset_dir, "validation") if datalist else []
     left_out: list[Scan] = []
-    if skip_unreadable:
+    if truth(skip_unreadable):
         training, bad = _usable(training, channels, workers, remember)
         validation, bad_validation = _usable(validation, channels, workers, remember)
         left_out = bad + bad_validation
@@ -118,6 +119,7 @@ def require_cache_room(
         room = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.glob("*.pt"))
         what = f"cache_dir {folder}: the disk has"
     elif cache == "memory":
+        need *= idist.get_nproc_per_node()  # each process keeps all scans
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         what = "cache: memory: this machine has"
     else:

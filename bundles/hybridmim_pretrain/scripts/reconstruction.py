@@ -36,14 +36,17 @@ class SaveReconstructionFigured(Transform):
 
     Args:
         figure_dir: folder of the pictures.
+        dataset_dir: folder of the scans, whose folders are kept.
     """
 
-    def __init__(self, figure_dir: str | Path) -> None:
+    def __init__(self, figure_dir: str | Path, dataset_dir: str | Path) -> None:
         self.figure_dir = Path(figure_dir)
+        self.dataset_dir = Path(dataset_dir)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Draw the first channel, without the padding."""
-        name = Path(str(data["scan"].meta["filename_or_obj"])).name
+        path = Path(str(data["scan"].meta["filename_or_obj"]))
+        folder = path.parent.relative_to(self.dataset_dir) if path.is_relative_to(self.dataset_dir) else ""
         start, end = generate_spatial_bounding_box(data["scan"].as_tensor())
         box = (0, *(slice(s, e) for s, e in zip(start, end, strict=True)))
         image, masked, pred, counted = (
@@ -52,12 +55,12 @@ class SaveReconstructionFigured(Transform):
         )
         error = (pred - image)[counted].square().mean()
         reconstruction_figure(
-            self.figure_dir / f"{name.split('.nii')[0]}_reconstruction.png",
+            self.figure_dir / folder / f"{path.name.removesuffix('.gz').removesuffix('.nii')}_reconstruction.png",
             image,
             masked,
             pred,
             counted=counted,
-            title=f"{name}: masked error {error:.4f} (MSE)",
+            title=f"{path.name}: masked error {error:.4f} (MSE)",
             spacing=tuple(affine_to_spacing(data["scan"].affine).tolist()),
         )
         return dict(data)

@@ -67,7 +67,8 @@ def start_training(
         OSError: no room for the cache.
         ValueError: the batch, or the number of scans, is too small.
     """
-    _check_batch(len(training), len(validation), crops, crops_per_volume, world_size, step.contrastive)
+    crops = min(crops, len(training) // world_size * crops_per_volume)
+    _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
     resumed = require_resumable(resume_from, step.network_def) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember)
     cached = require_cache_room(scans, cache, cache_dir, spacing)
@@ -101,16 +102,13 @@ def start_training(
     )
 
 
-def _check_batch(
-    training: int, validation: int, crops: int, crops_per_volume: int, world_size: int, contrastive: bool
-) -> None:
+def _check_batch(training: int, validation: int, crops: int, world_size: int, contrastive: bool) -> None:
     for name, found in (("training", training), ("validation", validation)):
         if found < world_size:
             raise ValueError(
                 f"{found} {name} scan(s) for {world_size} process(es); expected at least one for each process"
             )
-    crops = min(crops, training // world_size * crops_per_volume) * world_size
-    if contrastive and crops < 2:
+    if contrastive and crops * world_size < 2:
         raise ValueError(
             f"batch_size × crops_per_volume × processes is {crops} crop: the contrastive term has nothing to compare "
             "it with; expected at least 2 (raise batch_size or crops_per_volume), or --weight_cl 0"
