@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 . ./setup.sh
 
 if [ -z "$scans" ]; then
-  python -m tools sample_data --output_dir data/sample_ct --kind ct_abdomen --cases 12
+  python -m tools sample_data --output_dir data/sample_ct --kind ct_abdomen --cases 16
   scans=data/sample_ct/imagesTr
 fi
 configs=bundles/hybridmim_pretrain/configs
@@ -18,7 +18,8 @@ run=runs/quickstart
 python -m monai.bundle run training \
   --config_file "['$configs/train.yaml','$configs/small.yaml']" \
   --bundle_root bundles/hybridmim_pretrain --dataset_dir "$scans" \
-  --output_dir $run --ckpt_dir $run/models
+  --output_dir $run --ckpt_dir $run/models \
+  --batch_size 2 --crops_per_volume 4 --val_fraction 0.2
 python -m tools figures $run/metrics.csv $run/figures/curves.png
 
 cat <<END

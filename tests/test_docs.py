@@ -232,7 +232,6 @@ def test_the_snippets_load_a_backbone_into_the_monai_network(overlays: list[str]
 
 def test_the_snippet_has_the_default_sizes():
     code = "\n".join(code_blocks(ROOT / "README.md", "python"))
-    bundle = ROOT / "bundles/hybridmim_pretrain/configs"
-    features = yaml.safe_load((bundle / "train.yaml").read_text())["unet_features"]
-    assert f"features = {tuple(features)}" in code
-    assert f"feature_size = {yaml.safe_load((bundle / 'swin_unetr.yaml').read_text())['swin_feature_size']}" in code
+    config = yaml.safe_load((ROOT / "bundles/hybridmim_pretrain/configs/train.yaml").read_text())
+    assert f"features = {tuple(config['unet_features'])}" in code
+    assert f"feature_size = {config['swin_feature_size']}" in code
