@@ -19,7 +19,7 @@ python -m monai.bundle run training \
   --config_file "['$configs/train.yaml','$configs/small.yaml']" \
   --bundle_root bundles/hybridmim_pretrain --dataset_dir "$scans" \
   --output_dir $run --ckpt_dir $run/models \
-  --batch_size 2 --crops_per_volume 4 --val_fraction 0.2
+  --batch_size 2 --crops_per_volume 3 --val_fraction 0.2
 python -m tools figures $run/metrics.csv $run/figures/curves.png
 
 cat <<END

@@ -47,7 +47,7 @@ class ProgressBar:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+        engine.add_event_handler(Events.COMPLETED, lambda: self.bar and self.bar.close())
         self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
         self.bar: tqdm | None = None
 
