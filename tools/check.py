@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.files import atomic_path
-from tools.inspection import Scan, inspect_scans
+from tools.inspection import Scan, axis_ranges, inspect_scans
 from tools.scans import ScanError, datalist_items, find_scans, load_datalist
 
 COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
@@ -65,17 +65,11 @@ def summary(scans: Sequence[Scan]) -> str:
     if good:
         low, high = min(scan.low for scan in good), max(scan.high for scan in good)
         lines += [
-            f"shape      {_ranges([scan.shape for scan in good])} voxels",
-            f"spacing    {_ranges([scan.spacing for scan in good])} mm",
+            f"shape      {axis_ranges([scan.shape for scan in good])} voxels",
+            f"spacing    {axis_ranges([scan.spacing for scan in good])} mm",
             f"intensity  {low:g} to {high:g}",
         ]
     return "\n".join(lines)
-
-
-def _ranges(rows: Sequence[Sequence[float]]) -> str:
-    """Write the range of each of three axes, as in `31-43 x 40-59 x 24-47`."""
-    ends = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in zip(*rows, strict=True)]
-    return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
 
 
 def _good_entries(content: dict, items: dict[str, list[dict]], scans: list[Scan]) -> dict:

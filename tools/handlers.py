@@ -47,7 +47,8 @@ class ProgressBar:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        engine.add_event_handler(Events.COMPLETED, lambda: self.bar and self.bar.close())
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_and_raise)
         self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
         self.bar: tqdm | None = None
 
@@ -62,6 +63,14 @@ class ProgressBar:
         terms = loss_terms(engine.state.output).items()
         self.bar.set_postfix({name: f"{float(value):.4f}" for name, value in terms}, refresh=False)
         self.bar.update()
+
+    def _close(self) -> None:
+        if self.bar is not None:  # a finished run that is resumed has no epoch
+            self.bar.close()
+
+    def _close_and_raise(self, engine: Engine, error: BaseException) -> None:
+        self._close()  # now, so that the error is printed below it
+        raise error
 
     def _print_validation(self, validator: Engine) -> None:
         values = {name: validator.state.metrics[name] for name in self.metrics if name in validator.state.metrics}

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -504,3 +504,9 @@ def _save(remember: Path | None, fresh: dict[str, Scan]) -> None:
             temporary.write_text(json.dumps({key: asdict(scan) for key, scan in scans.items()}), encoding="utf-8")
     except OSError as error:
         logger.warning("%s cannot be written (%s): scans will be read again at the next start", remember, error)
+
+
+def axis_ranges(rows: Sequence[Sequence[float]]) -> str:
+    """Write the range of each of three axes, as in `31-43 x 40-59 x 24-47`."""
+    ends = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in zip(*rows, strict=True)]
+    return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from tools.config import truth
+from tools.datasets import CACHES
 from tools.handlers import newest_checkpoint
-from tools.inspection import Scan, inspect_scans
+from tools.inspection import Scan, axis_ranges, inspect_scans
 from tools.scans import ScanError, find_scans, read_datalist, split_scans
 from tools.weights import WeightsError, check_weights
 
@@ -111,6 +112,7 @@ def require_cache_room(
 
     Raises:
         OSError: the disk of `cache_dir` (cache: disk) or the memory of this machine (cache: memory) is too small.
+        ValueError: `cache` is none of the known words.
     """
     need = sum(4 * scan.channels * prod(scan.shape) * _resampling(scan, spacing) for scan in scans)
     folder = Path(cache_dir).absolute()
@@ -122,8 +124,10 @@ def require_cache_room(
         need *= idist.get_nproc_per_node()  # each process keeps all scans
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         what = "cache: memory: this machine has"
-    else:
+    elif cache in CACHES:
         return 0
+    else:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}; found {cache!r}")
     if need > room:
         raise OSError(
             f"{what} {size_text(room)}, {len(scans)} scans need about {size_text(need)}; "
@@ -177,11 +181,17 @@ def explain_errors() -> None:
 
     def explain(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, traceback)
-        while error.__cause__ is not None:
-            error = error.__cause__
+        error = root_cause(error)
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
 
     sys.excepthook = explain
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that config parsers wrapped, each in a `RuntimeError` of its own."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def say(lines: Sequence[tuple[str, str]]) -> None:
@@ -196,19 +206,12 @@ def scan_lines(training: Sequence[Scan], validation: Sequence[Scan], left_out: S
     scans = [*training, *validation]
     lines = [
         ("scans", f"{len(training)} for training, {len(validation)} for validation"),
-        ("shape", f"{_range([s.shape for s in scans], '{:d}')} voxels"),
-        ("spacing", f"{_range([s.spacing for s in scans], '{:.2f}')} mm"),
+        ("shape", f"{axis_ranges([s.shape for s in scans])} voxels"),
+        ("spacing", f"{axis_ranges([s.spacing for s in scans])} mm"),
         ("intensity", f"{min(s.low for s in scans):.5g} … {max(s.high for s in scans):.5g}"),
         ("left out", str(len(left_out))),
     ]
     return lines + [("", f"{_name(scan)}: {scan.problem}") for scan in left_out[:10]]
-
-
-def _range(values: Sequence[Sequence[float]], pattern: str) -> str:
-    axes = zip(*values, strict=True)
-    return " × ".join(
-        pattern.format(min(axis)) + ("" if min(axis) == max(axis) else "–" + pattern.format(max(axis))) for axis in axes
-    )
 
 
 def _name(scan: Scan) -> str:

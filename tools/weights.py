@@ -26,7 +26,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a checkpoint that torch.load(weights_only=True) can read: {error}") from error
+        # without its text, which runs over many lines and advises to load the file regardless
+        raise WeightsError(
+            f"{path}: not a checkpoint that torch.load(weights_only=True) can read ({type(error).__name__})"
+        ) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
