@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.data import CacheDataset, Dataset, PersistentDataset, affine_to_spacing
+from monai.transforms import Transform
 
 from tools.inspection import scan_key
 
@@ -48,15 +48,8 @@ def make_dataset(
             cache_dir,
             hash_func=hash_item,
             hash_transform=hash_transforms,
-            **_with_meta(),
         )
     return Dataset(data, transform)
-
-
-def _with_meta() -> dict[str, bool]:
-    """Keep file name and affine in the disk cache: MONAI 1.5 always does, 1.6 when asked."""
-    asked = "track_meta" in inspect.signature(PersistentDataset.__init__).parameters
-    return {"track_meta": True, "weights_only": False} if asked else {}
 
 
 def hash_item(item: Mapping[str, Any]) -> bytes:
@@ -86,6 +79,20 @@ def _describe(value: Any) -> Any:
     if callable(value) and hasattr(value, "__code__"):
         return f"{value.__module__}.{value.__qualname__}"
     return {"class": type(value).__qualname__, **_describe(vars(value))}
+
+
+class AddSourced(Transform):
+    """Adds `file` (path) and `spacing` (mm, [3]) as plain entries beside the volume `image` [C, H, W, D].
+
+    MONAI keeps them in the volume's meta data, which not every cache keeps, and which does not collate when a
+    batch holds files of different formats.
+    """
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Add both."""
+        image = data["image"]
+        spacing = torch.as_tensor(affine_to_spacing(image.affine), dtype=torch.float32)
+        return {**data, "file": str(image.meta["filename_or_obj"]), "spacing": spacing}
 
 
 class Above:

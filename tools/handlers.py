@@ -246,7 +246,7 @@ class StopOnBadLoss:
         if torch.isfinite(terms["loss"]):
             return
         found = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        files = sorted({str(name) for name in engine.state.batch["image"].meta["filename_or_obj"]})
+        files = sorted(set(engine.state.batch["file"]))
         last = newest_checkpoint(self.ckpt_dir)
         raise FloatingPointError(
             f"the loss is not finite at step {engine.state.iteration} (epoch {engine.state.epoch}): {found}; "

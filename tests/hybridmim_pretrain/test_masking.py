@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
 from scripts.masking import (
@@ -97,7 +97,7 @@ def test_a_seed_reproduces_the_masks_of_a_loader(workers):
 
 def test_fixed_draw_is_the_same_for_the_same_scan():
     def scan(name):
-        return {"image": MetaTensor(torch.ones(1, *PAPER.roi_size), meta={"filename_or_obj": name})}
+        return {"image": torch.ones(1, *PAPER.roi_size), "file": name}
 
     fixed = FixedDrawd([RandPatchMaskd(PAPER)], seed=3)
     first = fixed(scan("/a/one.nii.gz"))["mask"]

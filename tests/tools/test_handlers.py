@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import DataLoader, Dataset
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.transforms import RandScaleIntensityd
@@ -128,10 +128,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     for epoch in (2, 10):
         (tmp_path / f"checkpoint_epoch={epoch}.pt").touch()
     trainer = FakeTrainer("cpu", 1, [0], decollate=False)
-    image = MetaTensor(torch.ones(1), meta={"filename_or_obj": ["/scans/a.nii.gz"]})
 
     def step(engine, _batch):
-        engine.state.batch = {"image": image}
+        engine.state.batch = {"file": ["/scans/a.nii.gz"]}
         engine.state.output = [{"loss": torch.tensor(value), "loss_pr": torch.tensor(0.25)}]
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.data import affine_to_spacing
 
 from tools.figures import reconstruction_figure
 from tools.files import atomic_path
@@ -81,13 +80,13 @@ class ReconstructionFigure:
         """Draw the first crop of this batch (its first channel)."""
         (output,) = validator.state.output
         image, mask = output["image"][:1], output["mask"][:1]
-        source = validator.state.batch["image"]
+        batch = validator.state.batch
         reconstruction_figure(
             self.figure_dir / f"reconstruction_epoch={validator.state.epoch:04d}.png",
             image[0, 0].cpu(),
             apply_mask(image, mask, self.mask_fill)[0, 0].cpu(),
             output["pred"].reconstruction[0, 0].float().cpu(),
             counted=(expand_mask(mask, image.shape[2:]) & inside(image))[0, 0].cpu(),
-            title=f"{Path(str(source.meta['filename_or_obj'][0])).name}, epoch {validator.state.epoch}",
-            spacing=tuple(affine_to_spacing(source.affine[0]).tolist()),
+            title=f"{Path(batch['file'][0]).name}, epoch {validator.state.epoch}",
+            spacing=tuple(batch["spacing"][0].tolist()),
         )

@@ -181,16 +181,14 @@ class FixedDrawd(Randomizable, Transform):
     Args:
         transforms: the random transforms.
         seed: changes all draws.
-        key: entry that holds the image; the name of its file picks the draw.
     """
 
-    def __init__(self, transforms: Sequence[Transform], seed: int = 0, key: str = "image") -> None:
+    def __init__(self, transforms: Sequence[Transform], seed: int = 0) -> None:
         self.transform = Compose(transforms)
         self.seed = seed
-        self.key = key
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> list | dict:
-        """Apply the transforms after seeding them by the scan's file."""
-        name = Path(str(data[self.key].meta["filename_or_obj"])).name
+        """Apply the transforms after seeding them by the name of the scan's `file`."""
+        name = Path(data["file"]).name
         self.transform.set_random_state(seed=zlib.crc32(f"{self.seed} {name}".encode()))
         return self.transform(data)

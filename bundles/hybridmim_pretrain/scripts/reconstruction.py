@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-from monai.data import affine_to_spacing
 from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor
 
 from tools.figures import reconstruction_figure
 from tools.losses import expand_mask, inside
+from tools.scans import EXTENSIONS
 
 
 class CompareReconstructiond(Transform):
@@ -45,7 +45,7 @@ class SaveReconstructionFigured(Transform):
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Draw the first channel, without the padding."""
-        path = Path(str(data["scan"].meta["filename_or_obj"]))
+        path = Path(data["file"])
         folder = path.parent.relative_to(self.dataset_dir) if path.is_relative_to(self.dataset_dir) else ""
         start, end = generate_spatial_bounding_box(data["scan"].as_tensor())
         box = (0, *(slice(s, e) for s, e in zip(start, end, strict=True)))
@@ -55,12 +55,18 @@ class SaveReconstructionFigured(Transform):
         )
         error = (pred - image)[counted].square().mean()
         reconstruction_figure(
-            self.figure_dir / folder / f"{path.name.removesuffix('.gz').removesuffix('.nii')}_reconstruction.png",
+            self.figure_dir / folder / f"{_stem(path.name)}_reconstruction.png",
             image,
             masked,
             pred,
             counted=counted,
             title=f"{path.name}: masked error {error:.4f} (MSE)",
-            spacing=tuple(affine_to_spacing(data["scan"].affine).tolist()),
+            spacing=tuple(data["spacing"].tolist()),
         )
         return dict(data)
+
+
+def _stem(name: str) -> str:
+    """The file's name without the ending of its format."""
+    endings = [ending for ending in EXTENSIONS if name.lower().endswith(ending)]
+    return name[: -len(max(endings, key=len))] if endings else name

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from tools.config import truth
@@ -20,8 +21,10 @@ def amp_dtype() -> torch.dtype:
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Image, mask, prediction and loss terms of one batch, on the engine's device."""
-    image = batch["image"].as_tensor().to(engine.state.device, non_blocking=engine.non_blocking)
-    mask = batch["mask"].to(engine.state.device, non_blocking=engine.non_blocking)
+    image, mask = (
+        convert_to_tensor(batch[key], track_meta=False).to(engine.state.device, non_blocking=engine.non_blocking)
+        for key in ("image", "mask")
+    )
     with torch.autocast(engine.state.device.type, enabled=engine.amp, dtype=amp_dtype()):
         prediction = engine.inferer(image, engine.network, mask)
     losses: dict[str, Tensor] = engine.loss_function(prediction, image, mask)
