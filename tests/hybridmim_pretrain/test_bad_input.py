@@ -1,0 +1,347 @@
+"""What cannot work is refused before the first step, with the file or key, what was found and what was expected."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from tools.handlers import read_metrics
+from tools.scans import ScanError
+from tools.start import root_cause
+from tools.weights import WeightsError
+
+from .bundle import TINY, TINY_INFERENCE, hounsfield, save_nifti
+
+
+@pytest.fixture
+def scans(ct_scans, tmp_path):
+    """A folder of its own with the good scans, to which a test adds a bad one."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for path in ct_scans.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def refused(parse, tmp_path):
+    """The error of a start, before which nothing was written that looks like a training."""
+
+    def start(configs=("train", "small"), evaluate="start", **options):
+        parser = parse(configs, **options)
+        with pytest.raises(Exception) as error:
+            parser.get_parsed_content(evaluate)
+        assert not (tmp_path / "out/metrics.csv").exists()
+        assert not (tmp_path / "out/config.yaml").exists()
+        assert not list(tmp_path.glob("models/*"))
+        return root_cause(error.value)
+
+    return start
+
+
+# --------------------------------------------------------------------------------------------------------- scans
+
+
+def test_no_scan_found(refused, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no scan")
+    error = refused(dataset_dir=str(folder), **TINY)
+    assert isinstance(error, ScanError)
+    assert f"dataset_dir: found no scan in {folder} but 1 other files, expected files that end in .nii" in str(error)
+
+
+def test_a_path_that_does_not_exist(refused, tmp_path):
+    error = refused(dataset_dir=str(tmp_path / "missing"), **TINY)
+    assert isinstance(error, ScanError)
+    assert str(error) == f"dataset_dir: {tmp_path / 'missing'} does not exist, expected a folder of scans"
+
+
+def test_a_datalist_that_names_missing_scans(refused, tmp_path, ct_scans):
+    datalist = tmp_path / "list.json"
+    datalist.write_text('{"training": ["ct_0.nii.gz", "gone.nii.gz"]}')
+    error = refused(dataset_dir=str(ct_scans), datalist=str(datalist), **TINY)
+    assert f"{datalist}: 'training': 1 image files do not exist: {ct_scans / 'gone.nii.gz'}" in str(error)
+
+
+def test_too_few_scans_to_validate(refused, tmp_path):
+    save_nifti(tmp_path / "one/ct.nii.gz", hounsfield(0, (40, 40, 40)))
+    error = refused(dataset_dir=str(tmp_path / "one"), **TINY)
+    assert "found 1 different scans, expected at least 2" in str(error)
+
+
+def truncated(path):
+    content = gzip.compress(gzip.decompress(save_nifti(path, hounsfield(0, (50, 50, 50))).read_bytes())[:100_000])
+    path.write_bytes(content)
+
+
+def cut_off(path):
+    path.write_bytes(save_nifti(path, hounsfield(0, (50, 50, 50))).read_bytes()[:50_000])
+
+
+def with_nan(path):
+    volume = hounsfield(0, (50, 50, 50)).astype(np.float32)
+    volume[3, 4, 5] = np.nan
+    save_nifti(path, volume)
+
+
+def channels(path):
+    save_nifti(path, np.stack([hounsfield(n, (40, 40, 40)) for n in range(3)], -1))
+
+
+BAD = {
+    "truncated": (truncated, r"is truncated: found \d+ bytes of data, expected 250000"),
+    "cut off": (cut_off, r"is truncated: found 50000 bytes, but its compressed data go on"),
+    "empty": (lambda path: path.write_bytes(b""), r"is empty: found 0 bytes, expected an image"),
+    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"is not an image: found 500 bytes that begin with"),
+    "2D": (
+        lambda path: save_nifti(path, hounsfield(0, (50, 50, 1))),
+        r"is 2D: found a single slice \(shape 50x50x1\), expected a volume",
+    ),
+    "4D": (channels, r"has 3 channels \(4D, shape 40x40x40x3\), expected 1: set in_channels to 3"),
+    "NaN": (with_nan, r"has 1 NaN or infinite values among 125000 voxels, expected finite values"),
+    "constant": (
+        lambda path: save_nifti(path, np.full((40, 40, 40), 7, np.int16)),
+        r"is constant: every voxel has the value 7, expected an image",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_scan_is_named(refused, scans, kind):
+    make, expected = BAD[kind]
+    make(scans / "bad.nii.gz")
+    error = refused(dataset_dir=str(scans), **TINY)
+    assert isinstance(error, ScanError)
+    assert "1 of 7 scans cannot be used" in str(error)
+    assert re.search(rf"{re.escape(str(scans / 'bad.nii.gz'))}: {expected}", str(error)), str(error)
+    assert "--skip_unreadable true" in str(error)
+
+
+def test_all_bad_scans_are_named_at_once(refused, scans):
+    for n, (make, _) in enumerate(BAD.values()):
+        make(scans / f"bad_{n}.nii.gz")
+    message = str(refused(dataset_dir=str(scans), **TINY))
+    assert f"{len(BAD)} of {len(BAD) + 6} scans cannot be used" in message
+    for n, (_, expected) in enumerate(BAD.values()):
+        assert re.search(rf"bad_{n}.nii.gz: {expected}", message), message
+
+
+def test_another_number_of_channels(refused, ct_scans):
+    message = str(refused(dataset_dir=str(ct_scans), in_channels=2, **TINY))
+    assert "6 of 6 scans cannot be used" in message
+    assert "has 1 channel (3D, shape 50x60x48), expected 2: set in_channels to 1" in message
+
+
+@pytest.mark.parametrize("skip", [True, "true"])
+def test_skip_unreadable_trains_without_the_bad_ones(workflow, scans, tmp_path, capsys, skip):
+    for n, (make, _) in enumerate(BAD.values()):
+        make(scans / f"bad_{n}.nii.gz")
+    flow = workflow("train", ["train", "small"], dataset_dir=str(scans), skip_unreadable=skip, **{**TINY, "epochs": 1})
+    flow.run()
+    printed = capsys.readouterr().out
+    assert "4 for training, 2 for validation" in printed
+    assert re.search(rf"left out +{len(BAD)}\n", printed)
+    assert f"{scans / 'bad_2.nii.gz'}: is empty" in printed
+    assert len(read_metrics(tmp_path / "out/metrics.csv")) == 1
+
+
+def test_skip_unreadable_false_as_text_skips_nothing(refused, scans):
+    truncated(scans / "bad.nii.gz")
+    assert "1 of 7 scans" in str(refused(dataset_dir=str(scans), skip_unreadable="false", **TINY))
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+SETTINGS = [
+    ({"roi_size": [40, 32, 32]}, "roi_size [40, 32, 32] must be a multiple of region_size [16, 16, 16]"),
+    ({"region_size": [8, 8, 8]}, "region_size [8, 8, 8] must be a multiple of the bottleneck stride"),
+    ({"patch_size": [5, 8, 8]}, "region_size [16, 16, 16] must be a multiple of patch_size [5, 8, 8]"),
+    ({"decode_size": [48, 32, 32]}, "decode_size [48, 32, 32] must fit into roi_size [32, 32, 32]"),
+    ({"decode_size": [16, 32, 32]}, "decode_size [16, 32, 32] must span at least two voxels"),
+    ({"decode_box": [8, 0, 0]}, "decode_box [8, 0, 0]: expected `random`, or three multiples of 16"),
+    ({"roi_size": [32, 32]}, "roi_size must be three whole numbers of voxels above 0, found [32, 32]"),
+    ({"mask_ratio": 1.4}, "mask_ratio must be above 0 and below 1, found 1.4"),
+    ({"mask_scheme": "blocks"}, "mask_scheme must be one of two_level, uniform; found 'blocks'"),
+    ({"cache": "ssd"}, "cache must be one of none, memory, disk; found 'ssd'"),
+    ({"val_fraction": 1.0}, "val_fraction: found 1.0, expected a number between 0 and 1"),
+    ({"dropout_stages": [5]}, "dropout_stages must be among 0 … 4, found [5]"),
+    ({"weight_num": -1}, "loss weights must be 0 or more"),
+    ({"temperature": 0}, "temperature must be above 0, found 0"),
+    ({"resume": "maybe"}, "found 'maybe', expected true or false"),
+]
+
+
+@pytest.mark.parametrize(("setting", "expected"), SETTINGS, ids=[next(iter(s)) for s, _ in SETTINGS])
+def test_a_setting_that_does_not_fit_is_named(refused, ct_scans, setting, expected):
+    assert expected in str(refused(dataset_dir=str(ct_scans), **{**TINY, **setting}))
+
+
+def test_a_batch_of_one_cannot_contrast(refused, parse, ct_scans):
+    options = {**TINY, "batch_size": 1, "dataset_dir": str(ct_scans)}
+    message = str(refused(**options))
+    assert "batch_size × crops_per_volume × processes is 1 crop" in message
+    assert "expected at least 2" in message
+    assert "--weight_cl 0" in message
+    parse(["train", "small"], **options, crops_per_volume=2).get_parsed_content("start")
+
+
+def test_a_batch_of_one_trains_without_the_contrastive_term(workflow, ct_scans, tmp_path):
+    options = {**TINY, "batch_size": 1, "weight_cl": 0, "epochs": 1}
+    workflow("train", ["train", "small"], dataset_dir=str(ct_scans), **options).run()
+    (row,) = read_metrics(tmp_path / "out/metrics.csv")
+    assert float(row["loss_cl"]) == 0
+    assert float(row["loss_pr"]) > 0
+    assert "val_retrieval_accuracy" not in row
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a small disk: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_without_room_for_the_cache(refused, parse, ct_scans, full_disk):
+    options = {**TINY, "dataset_dir": str(ct_scans), "cache": "disk"}
+    error = refused(**options, cache_dir=str(full_disk / "cache"))
+    assert isinstance(error, OSError)
+    assert re.search(
+        rf"cache_dir {full_disk / 'cache'}: the disk has 2\d\d kB, 6 scans need about 3.\d+ MB", str(error)
+    )
+    assert "--cache none" in str(error)
+    parse(["train", "small"], **options).get_parsed_content("start")  # on a larger disk
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def unet_weights(parse, tmp_path):
+    """A checkpoint of the tiny UNet, outside of the run's own folder."""
+    path = tmp_path / "unet.pt"
+    torch.save(parse(["inference", "small"], **TINY_INFERENCE).get_parsed_content("network_def").state_dict(), path)
+    return path
+
+
+def swin(configs):
+    return [configs, "swin_unetr", "small", *(["evaluate"] if configs == "train" else [])]
+
+
+@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#0")])
+def test_weights_of_another_backbone(refused, unet_weights, ct_scans, base, step):
+    error = refused(swin(base), step, ckpt_path=str(unet_weights), dataset_dir=str(ct_scans))
+    assert isinstance(error, WeightsError)
+    assert str(error).startswith(
+        f"{unet_weights}: these are not the weights of a SwinUNETR with 1 input channel(s) and 12 features, "
+        "they look like a UNet (BasicUNet) with 1 input channel(s) and 4 features"
+    )
+
+
+@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#0")])
+def test_weights_that_are_not_there(refused, tmp_path, ct_scans, base, step):
+    configs = [base, "small", *(["evaluate"] if base == "train" else [])]
+    missing = tmp_path / "nowhere/model.pt"
+    error = refused(configs, step, ckpt_path=str(missing), dataset_dir=str(ct_scans))
+    assert str(error) == f"{missing}: no such checkpoint"
+
+
+def test_weights_that_are_no_checkpoint(refused, tmp_path, ct_scans):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"not a checkpoint")
+    error = refused(["inference", "small"], "inferring#0", ckpt_path=str(path), dataset_dir=str(ct_scans))
+    assert isinstance(error, WeightsError)
+    assert str(error).startswith(f"{path}: not a checkpoint that torch.load(weights_only=True) can read")
+
+
+# ---------------------------------------------------------------------------------- a loss that is not finite
+
+
+def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(workflow, ct_scans, tmp_path):
+    options = {**TINY, "dataset_dir": str(ct_scans), "cache": "none"}
+    workflow("train", ["train", "small"], **options, epochs=1).run()
+    models = tmp_path / "models"
+    before = {path.name: path.read_bytes() for path in models.iterdir()}
+
+    infinite = {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: x / 0"}
+    flow = workflow("train", ["train", "small"], **options, epochs=2, resume=True, intensity=infinite)
+    with pytest.raises(RuntimeError) as error:
+        flow.run()
+    error = root_cause(error.value)
+    assert isinstance(error, FloatingPointError)
+    message = str(error)
+    assert "the loss is not finite at step 3 (epoch 2): loss " in message
+    assert "loss_pr " in message
+    named = re.findall(rf"{ct_scans}/(ct_\d.nii.gz)", message)
+    assert len(named) == TINY["batch_size"]
+    assert message.endswith(f"the last good checkpoint is {models / 'checkpoint_epoch=1.pt'}")
+    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
+    assert len(read_metrics(tmp_path / "out/metrics.csv")) == 1
+
+
+# ---------------------------------------------------------------------------------------- by the command itself
+
+
+def last_line(done):
+    assert done.returncode != 0
+    return done.stderr.rstrip().splitlines()[-1]
+
+
+def test_the_command_ends_with_the_cause(run_bundle, tmp_path):
+    done = run_bundle(
+        "training",
+        ["train", "small"],
+        check=False,
+        dataset_dir=tmp_path / "missing",
+        output_dir=tmp_path / "out",
+        ckpt_dir=tmp_path / "models",
+    )
+    expected = f"ScanError: dataset_dir: {tmp_path / 'missing'} does not exist, expected a folder of scans"
+    assert last_line(done) == expected
+    assert not (tmp_path / "out/metrics.csv").exists()
+
+
+def test_the_command_ends_with_the_cause_that_has_a_cause(run_bundle, ct_scans, tmp_path):
+    """The error of torch.load below it says nothing of the file."""
+    (tmp_path / "model.pt").write_bytes(b"not a checkpoint")
+    done = run_bundle(
+        "inferring",
+        ["inference", "small"],
+        check=False,
+        dataset_dir=ct_scans,
+        output_dir=tmp_path / "out",
+        ckpt_path=tmp_path / "model.pt",
+    )
+    error = done.stderr.rpartition("\n\n")[2]
+    assert error.startswith(f"WeightsError: {tmp_path / 'model.pt'}: not a checkpoint that torch.load")
+
+
+def test_a_diverging_training_ends_with_step_and_files(run_bundle, ct_scans, tmp_path):
+    done = run_bundle(
+        "training",
+        ["train", "small"],
+        check=False,
+        dataset_dir=ct_scans,
+        output_dir=tmp_path / "out",
+        ckpt_dir=tmp_path / "models",
+        learning_rate=1e20,
+        warmup_epochs=0,
+        epochs=3,
+        **TINY,
+    )
+    message = last_line(done)
+    assert message.startswith("FloatingPointError: the loss is not finite at step ")
+    assert str(ct_scans) in message
+    assert not list((tmp_path / "models").glob("checkpoint_epoch=3.pt"))

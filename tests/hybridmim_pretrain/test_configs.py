@@ -1,0 +1,328 @@
+"""The configs: overlays combine, names keep their contracts, and every variant takes training steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+
+import jsonschema
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.transforms import ScaleIntensityRanged, ScaleIntensityRangePercentilesd
+
+from scripts.backbones import SwinUNETRBackbone, UNetBackbone
+from tools.handlers import read_metrics
+
+from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE
+
+OVERLAYS = ("swin_unetr", "mri", "small")
+ORDERS = [order for n in range(4) for order in itertools.permutations(OVERLAYS, n)]
+EVERY_ORDER = pytest.mark.parametrize("overlays", ORDERS, ids="+".join)
+
+# the contract with clients, documentation and other bundles: do not rename
+TRAIN_KEYS = [
+    "bundle_root",
+    "dataset_dir",
+    "datalist",
+    "output_dir",
+    "ckpt_dir",
+    "device",
+    "amp",
+    "seed",
+    "epochs",
+    "batch_size",
+    "crops_per_volume",
+    "roi_size",
+    "region_size",
+    "patch_size",
+    "mask_ratio",
+    "mask_scheme",
+    "decode_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup_epochs",
+    "val_fraction",
+    "val_interval",
+    "num_workers",
+    "cache",
+    "resume",
+    "network_def",
+    "network",
+    "train",
+    "validate",
+    "initialize",
+    "training",
+    "run",
+]
+INFERENCE_KEYS = [
+    "bundle_root",
+    "dataset_dir",
+    "datalist",
+    "output_dir",
+    "ckpt_path",
+    "device",
+    "amp",
+    "roi_size",
+    "overlap",
+    "sw_batch_size",
+    "num_workers",
+    "network_def",
+    "network",
+    "preprocessing",
+    "dataset",
+    "dataloader",
+    "inferer",
+    "postprocessing",
+    "handlers",
+    "evaluator",
+    "initialize",
+    "inferring",
+    "run",
+]
+# what inference must do as training did
+SHARED_KEYS = [
+    "roi_size",
+    "region_size",
+    "patch_size",
+    "decode_size",
+    "mask_ratio",
+    "mask_scheme",
+    "mask_fill",
+    "in_channels",
+    "unet_features",
+    "swin_feature_size",
+    "dropout",
+    "dropout_stages",
+    "backbone",
+    "geometry",
+    "network_def",
+    "spacing",
+    "window",
+    "intensity",
+    "seed",
+    "bundle_root",
+    "path",
+    "dataset_dir",
+    "datalist",
+    "output_dir",
+]
+
+
+def read(name):
+    return ConfigParser.load_config_file(ROOT / BUNDLE / f"configs/{name}.yaml")
+
+
+def metadata():
+    return json.loads((ROOT / BUNDLE / "configs/metadata.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------- the contracts
+
+
+@pytest.mark.parametrize(("name", "keys"), [("train", TRAIN_KEYS), ("inference", INFERENCE_KEYS)])
+def test_the_names_of_the_contract_are_there(name, keys):
+    assert set(keys) <= set(read(name))
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "multi_gpu_train", "evaluate"])
+def test_an_overlay_sets_known_names_only(name):
+    overlay = read(name)
+    known = set(read("train"))
+    text = (ROOT / BUNDLE / f"configs/{name}.yaml").read_text()
+    own = {key for key in overlay if re.search(rf"@{key}\b", text)}  # the overlay itself refers to it
+    own |= {"evaluate": {"validate#handlers", "evaluating"}, "multi_gpu_train": {"finalize"}}.get(name, set())
+    assert set(overlay) <= known | own
+
+
+def test_inference_repeats_the_values_of_training():
+    train, inference = read("train"), read("inference")
+    assert {key: inference[key] for key in SHARED_KEYS} == {key: train[key] for key in SHARED_KEYS}
+
+
+def test_inference_prepares_scans_as_training_does_up_to_the_crop():
+    load = read("train")["load"]
+    steps = read("inference")["preprocessing"]["transforms"]
+    upto = load.index("@intensity") + 1
+    assert upto == 5
+    assert steps[:upto] == load[:upto]
+
+
+def test_defaults_of_the_paper():
+    train = read("train")
+    assert (train["roi_size"], train["region_size"], train["patch_size"]) == ([96] * 3, [32] * 3, [16] * 3)
+    assert (train["learning_rate"], train["weight_decay"], train["mask_ratio"]) == (1e-4, 1e-3, 0.4)
+    weights = [train[f"weight_{term}"] for term in ("pr", "num", "loc", "con", "cl")]
+    assert weights == [1.0, 0.1, 0.1, 0.01, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "configs"),
+    [
+        ("train", ["train", "small"]),
+        ("train", ["train", "small", "evaluate"]),
+        ("train", ["train", "swin_unetr", "mri", "small"]),
+        ("infer", ["inference", "small"]),
+        ("infer", ["inference", "swin_unetr", "small"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_monai_finds_every_property(workflow, ct_scans, kind, configs):
+    flow = workflow(kind, configs, dataset_dir=str(ct_scans), cache="none", num_workers=0)
+    assert flow.check_properties() == []
+
+
+def test_monai_notices_a_property_of_another_name(workflow, ct_scans):
+    """The test above can fail."""
+    flow = workflow("infer", ["inference", "small"], dataset_dir=str(ct_scans), mine="@postprocessing")
+    flow.parser["evaluator#postprocessing"] = "@mine"
+    assert flow.check_properties() == ["postprocessing"]
+
+
+# ------------------------------------------------------------------------------------------------- the metadata
+
+
+def test_metadata_satisfies_the_schema_of_monai(shared_data):
+    schema = json.loads((shared_data / "meta_schema.json").read_text())
+    jsonschema.validate(metadata(), schema)
+
+
+def test_metadata_names_its_version_in_the_changelog():
+    meta = metadata()
+    assert meta["version"] in meta["changelog"]
+
+
+def test_metadata_pins_what_requirements_pins():
+    meta = metadata()
+    requirements = ROOT / "requirements.txt"
+    if not requirements.is_file():
+        pytest.skip("there is no requirements.txt")
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", requirements.read_text(), re.MULTILINE))
+    assert meta["required_packages_version"] == meta["optional_packages_version"]
+    versions = meta["required_packages_version"] | {
+        "monai": meta["monai_version"],
+        "torch": meta["pytorch_version"],
+        "numpy": meta["numpy_version"],
+    }
+    assert versions == {name: pinned.get(name) for name in versions}
+
+
+def test_metadata_describes_the_default_network():
+    data, train = metadata()["network_data_format"], read("train")
+    for part in (data["inputs"]["image"], data["outputs"]["pred"]):
+        assert part["spatial_shape"] == train["roi_size"]
+        assert part["num_channels"] == train["in_channels"]
+
+
+# -------------------------------------------------------------------------------------------------- the overlays
+
+
+def expected_sizes(overlays):
+    if "small" not in overlays:
+        return (96, 96, 96), (32, 32, 32), (16, 16, 16), (64, 64, 64)
+    if "swin_unetr" in overlays:
+        return (64, 64, 64), (32, 32, 32), (16, 16, 16), (64, 64, 64)
+    return (48, 64, 48), (16, 16, 16), (8, 8, 8), (32, 32, 32)
+
+
+@pytest.mark.parametrize("base", ["train", "inference"])
+@EVERY_ORDER
+def test_overlays_combine_in_any_order(parse, ct_scans, base, overlays):
+    # a small SwinUNETR whatever the order, for the time it takes
+    parser = parse([base, *overlays], **({"swin_feature_size": 12} if "swin_unetr" in overlays else {}))
+
+    geometry = parser.get_parsed_content("geometry")
+    sizes = (geometry.roi_size, geometry.region_size, geometry.patch_size, geometry.decode_size)
+    assert sizes == expected_sizes(overlays)
+
+    backbone = parser.get_parsed_content("network_def").backbone
+    assert type(backbone) is (SwinUNETRBackbone if "swin_unetr" in overlays else UNetBackbone)
+    assert geometry.stride == backbone.stride
+    if isinstance(backbone, UNetBackbone):
+        width = 16 if "small" in overlays else 64
+        assert backbone.state_dict()["conv_0.conv_0.conv.weight"].shape[:2] == (width, 1)
+
+    intensity = parser.get_parsed_content("intensity")
+    assert type(intensity) is (ScaleIntensityRangePercentilesd if "mri" in overlays else ScaleIntensityRanged)
+
+    transform = parser.get_parsed_content("train#preprocessing" if base == "train" else "preprocessing")
+    item = transform({"image": str(ct_scans / "ct_0.nii.gz")})
+    for data in item if isinstance(item, list) else [item]:
+        shape = data["image"].shape[1:]
+        assert shape == geometry.roi_size if base == "train" else min(shape) >= min(geometry.roi_size)
+        grid = [s // p for s, p in zip(shape, geometry.patch_size, strict=True)]
+        assert data["mask"].shape == (1, *grid)
+        assert int(data["mask"].sum()) == round(0.4 * math.prod(grid))
+        assert data["image"].min() == 0  # padding, or masked
+        assert 0.9 < data["image"].max() <= 1
+
+
+@pytest.mark.parametrize("base", ["train", "inference"])
+@EVERY_ORDER
+def test_every_order_gives_the_same_values(parse, base, overlays):
+    def values(order):
+        return {key: value for key, value in parse([base, *order]).get().items() if key != "_meta_"}
+
+    assert values(overlays) == values(sorted(overlays))
+
+
+def test_mri_crops_to_what_is_brighter_than_the_background(parse):
+    assert parse(["train", "mri"])["foreground_above"] < parse(["train"])["foreground_above"]
+
+
+# ----------------------------------------------------------------------------------------- two steps of each kind
+
+
+VARIANTS = [
+    (*overlays, channels)
+    for n in range(3)
+    for overlays in itertools.combinations(("mri", "small"), n)
+    for channels in (1, 2)
+]
+
+
+def two_steps(flow):
+    """Train one epoch of two steps, after which no parameter is what it was."""
+    before = {name: p.clone() for name, p in flow.network_def.named_parameters()}
+    flow.run()
+    flow.finalize()
+    assert flow.trainer.state.iteration == 2
+    assert [name for name, p in flow.network_def.named_parameters() if torch.equal(before[name], p)] == []
+
+
+def check_results(folder, plain_network):
+    (row,) = read_metrics(folder / "out/metrics.csv")
+    assert all(math.isfinite(float(value)) for value in row.values())
+    weights = torch.load(folder / "models/backbone.pt", weights_only=True)
+    plain_network.load_state_dict(weights, strict=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "+".join(map(str, v)))
+def test_unet_takes_two_steps(workflow, tmp_path, ct_scans, mr_scans, variant):
+    *overlays, channels = variant
+    options = {**TINY, "in_channels": channels, "epochs": 1, "warmup_epochs": 0}
+    if channels == 2 and "mri" not in overlays:  # a window that holds all
+        options |= {"window": [0, 2_000_000], "foreground_above": 0.0}
+    scans = ct_scans if channels == 1 else mr_scans
+    two_steps(workflow("train", ["train", *overlays], dataset_dir=str(scans), **options))
+    check_results(tmp_path, BasicUNet(3, channels, channels, TINY["unet_features"]))
+
+
+def test_swin_unetr_takes_two_steps(workflow, tmp_path, mr_scans):
+    options = {"in_channels": 2, "epochs": 1, "warmup_epochs": 0, "batch_size": 2, "val_interval": 1}
+    options |= {"val_fraction": 0.2}  # one scan to validate
+    overlays = ["mri", "swin_unetr", "small"]
+    two_steps(workflow("train", ["train", *overlays], dataset_dir=str(mr_scans), **options))
+    check_results(tmp_path, SwinUNETR(2, 2, feature_size=12))
+
+
+def test_inference_takes_two_channels(workflow, tmp_path, mr_scans):
+    flow = workflow("infer", ["inference", "mri", "small"], dataset_dir=str(mr_scans), in_channels=2, **TINY_INFERENCE)
+    torch.save(flow.network_def.state_dict(), tmp_path / "model.pt")
+    flow.parser["ckpt_path"] = str(tmp_path / "model.pt")
+    flow.initialize()
+    flow.run()
+    assert len(list((tmp_path / "out").rglob("*_reconstruction.nii.gz"))) == 6

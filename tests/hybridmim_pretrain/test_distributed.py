@@ -1,0 +1,143 @@
+"""Two processes on CPUs (gloo): the same training as with one, shared between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.handlers import read_metrics
+
+from .bundle import BUNDLE, TINY, config_files, hounsfield, save_nifti
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+EPOCHS = 2
+
+
+def reports(command, kind, folder, *arguments):
+    """What each of two processes writes."""
+    command(*TORCHRUN, Path(__file__).with_name("two_processes.py"), kind, folder, *arguments)
+    return [torch.load(folder / f"rank={rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def gathered(command, tmp_path_factory):
+    return reports(command, "gather", tmp_path_factory.mktemp("gather"))
+
+
+def test_contrastive_loss_of_two_processes_is_that_of_the_joint_batch(gathered):
+    for rank in gathered:
+        joint, alone, split = (rank[kind] for kind in ("joint", "alone", "split"))
+        assert split["losses"]["loss_cl"] == pytest.approx(joint["losses"]["loss_cl"], rel=1e-5)
+        assert abs(alone["losses"]["loss_cl"] - joint["losses"]["loss_cl"]) > 0.1  # two negatives, not six
+
+
+def test_gradients_of_two_processes_are_those_of_the_joint_batch(gathered):
+    for rank in gathered:
+        joint, alone, split = (rank[kind]["gradients"] for kind in ("joint", "alone", "split"))
+        assert joint.keys() == split.keys()
+        largest = max(float(gradient.abs().max()) for gradient in joint.values())
+        for name, expected in joint.items():
+            torch.testing.assert_close(split[name], expected, atol=1e-5 * largest, rtol=1e-3)
+        weight = "network_def.projection.weight"
+        assert not torch.allclose(alone[weight], joint[weight], rtol=0.1)  # the comparison can fail
+
+
+@pytest.fixture(scope="module")
+def shared(command, ct_scans, tmp_path_factory):
+    """Four scans for training, and three for validation, so that one process has more batches than the other."""
+    folder = tmp_path_factory.mktemp("train")
+    extra = save_nifti(folder / "scans/ct_6.nii.gz", hounsfield(6, (40, 50, 44)))
+    scans = [*sorted(map(str, ct_scans.iterdir())), str(extra)]
+    (folder / "list.json").write_text(json.dumps({"training": scans[:4], "validation": scans[4:]}))
+    return folder, reports(command, "train", folder, folder / "list.json")
+
+
+def seen(shared, kind, epoch):
+    """The scans that each process worked on."""
+    return [
+        [name for k, e, names, _ in rank["seen"] if (k, e) == (kind, epoch) for name in names] for rank in shared[1]
+    ]
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_scans_are_shared_without_overlap(shared, epoch):
+    first, second = seen(shared, "training", epoch)
+    assert len(first) == len(second) == 2
+    assert {*first, *second} == {f"ct_{n}.nii.gz" for n in range(4)}
+    first, second = seen(shared, "validation", epoch)
+    assert sorted(first + second) == [f"ct_{n}.nii.gz" for n in range(4, 7)]
+
+
+def test_scans_are_shared_anew_in_each_epoch(shared):
+    assert len({frozenset(seen(shared, "training", epoch)[0]) for epoch in (1, 2, 3)}) > 1
+
+
+def test_losses_are_averaged_over_the_processes(shared):
+    folder, ranks = shared
+    rows = read_metrics(folder / "out/metrics.csv")
+    assert len(rows) == 3
+    for row in rows:
+        losses = [
+            [loss for kind, epoch, _, loss in rank["seen"] if (kind, epoch) == ("training", int(row["epoch"]))]
+            for rank in ranks
+        ]
+        assert losses[0] != losses[1]
+        assert float(row["loss"]) == pytest.approx(sum(map(sum, losses)) / 4, rel=1e-4)
+
+
+def test_the_processes_end_with_the_same_weights(shared):
+    first, second = (rank["weights"] for rank in shared[1])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --------------------------------------------------------------------------------------------- the command itself
+
+
+@pytest.fixture(scope="module")
+def trained(command, ct_scans, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = command(
+        *(*TORCHRUN, "-m", "monai.bundle", "run", "training"),
+        config_file=config_files(["train", "small", "multi_gpu_train"]),
+        bundle_root=BUNDLE,
+        dataset_dir=ct_scans,
+        output_dir=folder / "out",
+        ckpt_dir=folder / "models",
+        epochs=EPOCHS,
+        **TINY,
+    )
+    return folder, done
+
+
+def test_only_one_process_writes(trained):
+    folder, done = trained
+    assert done.stdout.count("4 for training, 2 for validation") == 1
+    assert "2 in a batch of each of 2 process(es)" in done.stdout
+    assert done.stdout.count("validation, epoch 1:") == 1
+    assert len(read_metrics(folder / "out/metrics.csv")) == EPOCHS
+    for place in (folder / "out", folder / "out/validation"):
+        assert len(list(place.glob("events.out.tfevents.*"))) == 1
+    written = {path.name for path in (folder / "models").iterdir()}
+    assert written == {"model.pt", "backbone.pt", "checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
+    assert not list(folder.rglob(".*"))  # no temporary file left
+
+
+def test_metrics_are_reduced_over_the_processes(trained, workflow, ct_scans, tmp_path):
+    """One process that evaluates the same weights on both validation scans finds the same."""
+    folder, _ = trained
+    flow = workflow(
+        "train",
+        ["train", "small", "evaluate"],
+        **TINY,
+        dataset_dir=str(ct_scans),
+        ckpt_path=str(folder / "models/model.pt"),
+    )
+    flow.run()
+    (alone,) = read_metrics(tmp_path / "out/evaluation.csv")
+    best = min(read_metrics(folder / "out/metrics.csv"), key=lambda row: float(row["val_loss"]))
+    for name in ("masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_auroc"):
+        assert float(best[f"val_{name}"]) == pytest.approx(float(alone[name]), rel=1e-4), name
+    assert float(best["val_retrieval_chance"]) == pytest.approx(1 / 3, rel=1e-4)  # four views of two crops

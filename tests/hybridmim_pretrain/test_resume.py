@@ -1,0 +1,176 @@
+"""A run that was killed and resumed ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tools.handlers import read_metrics
+from tools.start import root_cause
+from tools.weights import WeightsError
+
+from .bundle import BUNDLE, ROOT, TINY, config_files
+
+EPOCHS = 6
+OPTIONS = {**TINY, "epochs": EPOCHS, "checkpoint_interval": 2}
+
+
+def kill_after_epoch(epoch, scans, folder, workers):
+    """Start a training in `folder` and end it without warning once the row of `epoch` is written."""
+    options = {
+        **OPTIONS,
+        "bundle_root": BUNDLE,
+        "dataset_dir": scans,
+        "output_dir": folder / "out",
+        "ckpt_dir": folder / "models",
+        "num_workers": workers,
+    }
+    line = [sys.executable, "-m", "monai.bundle", "run", "training"]
+    line += ["--config_file", str(config_files(["train", "small"]))]
+    for name, value in options.items():
+        line += [f"--{name}", str(value)]
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while len(read_metrics(folder / "out/metrics.csv")) < epoch:
+            assert process.poll() is None, "the training ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def same(first, second):
+    """Whether two contents of checkpoints are equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_and_resumed_run_ends_as_the_uninterrupted_one(run_bundle, ct_scans, tmp_path, workers):
+    def train(folder, **options):
+        return run_bundle(
+            "training",
+            ["train", "small"],
+            dataset_dir=ct_scans,
+            output_dir=folder / "out",
+            ckpt_dir=folder / "models",
+            **{**OPTIONS, "num_workers": workers, **options},
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_after_epoch(3, ct_scans, killed, workers)
+    assert (killed / "models/checkpoint_epoch=2.pt").is_file()
+    assert not (killed / f"models/checkpoint_epoch={EPOCHS}.pt").exists()
+    train(whole)
+    done = train(killed, resume="true")
+    assert "resumed from" in done.stdout
+
+    rows = read_metrics(whole / "out/metrics.csv")
+    assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
+    assert read_metrics(killed / "out/metrics.csv") == rows
+    last = [
+        torch.load(folder / f"models/checkpoint_epoch={EPOCHS}.pt", weights_only=True) for folder in (whole, killed)
+    ]
+    assert same(*last)
+    assert same(*(torch.load(f / "models/model.pt", weights_only=True) for f in (whole, killed)))
+
+
+# -------------------------------------------------------------------------------------------- in this process
+
+
+@pytest.fixture
+def train(workflow, ct_scans):
+    def run(**options):
+        flow = workflow("train", ["train", "small"], dataset_dir=str(ct_scans), **{**TINY, **options})
+        flow.run()
+        flow.finalize()
+        return flow
+
+    return run
+
+
+def edit_checkpoint(path, edit):
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(("best", "replaced"), [(-1.0, False), (1e9, True)])
+def test_only_a_better_validation_replaces_the_best_weights(train, tmp_path, best, replaced):
+    train(epochs=2)
+    edit_checkpoint(tmp_path / "models/checkpoint_epoch=2.pt", lambda content: content["best"].update(loss=best))
+    before = {name: (tmp_path / "models" / name).read_bytes() for name in ("model.pt", "backbone.pt")}
+    train(epochs=3, resume=True)
+    assert len(read_metrics(tmp_path / "out/metrics.csv")) == 3
+    for name, content in before.items():
+        assert ((tmp_path / "models" / name).read_bytes() != content) == replaced
+
+
+def test_a_resumed_run_keeps_its_seed(train, tmp_path):
+    """Continuing with the draws of another seed would be neither of the two runs."""
+    train(epochs=2, seed=5)
+    flow = train(epochs=3, seed=5, resume=True)
+    assert flow.parser.get_parsed_content("train#handlers#0").seed == 5
+    edit_checkpoint(tmp_path / "models/checkpoint_epoch=3.pt", lambda content: content["random"].update(seed=7))
+    flow = train(epochs=4, seed=5, resume=True)
+    assert flow.parser.get_parsed_content("train#handlers#0").seed == 7
+
+
+def test_a_finished_run_stays_as_it_is(train, tmp_path):
+    train(epochs=2)
+    before = (tmp_path / "out/metrics.csv").read_text()
+    train(epochs=2, resume=True)
+    assert (tmp_path / "out/metrics.csv").read_text() == before
+
+
+def test_resume_without_a_checkpoint_is_refused(train, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        train(resume=True)
+    cause = root_cause(error.value)
+    assert isinstance(cause, WeightsError)
+    assert f"no checkpoint_epoch=N.pt in ckpt_dir {tmp_path / 'models'}" in str(cause)
+    assert not (tmp_path / "out/metrics.csv").exists()
+
+
+def test_resume_from_another_backbone_is_refused(train, parse, ct_scans, tmp_path):
+    train(epochs=1)
+    metrics = (tmp_path / "out/metrics.csv").read_bytes()
+    parser = parse(["train", "swin_unetr", "small"], dataset_dir=str(ct_scans), resume=True)
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("start")
+    message = str(root_cause(error.value))
+    assert str(tmp_path / "models/checkpoint_epoch=1.pt") in message
+    assert "not the weights of a SwinUNETR" in message
+    assert "they look like a UNet (BasicUNet) with 1 input channel(s) and 4 features" in message
+    assert "configs/swin_unetr.yaml" in message
+    assert (tmp_path / "out/metrics.csv").read_bytes() == metrics
+
+
+def test_resume_from_another_size_is_refused(train, parse, ct_scans, tmp_path):
+    train(epochs=1)
+    options = {**TINY, "unet_features": [8, 8, 8, 8, 16, 4]}
+    parser = parse(["train", "small"], dataset_dir=str(ct_scans), resume=True, **options)
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("start")
+    message = str(root_cause(error.value))
+    assert "expected [8, 1, 3, 3, 3]" in message
+    assert "[4, 1, 3, 3, 3]" in message
