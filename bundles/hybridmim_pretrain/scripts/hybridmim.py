@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from tools.losses import Prediction
 
@@ -146,8 +146,27 @@ class PretrainStep(nn.Module):
             )
 
 
+class _Gather(torch.autograd.Function):
+    """Concatenation over all processes; in the backward pass each gets the gradients of all for its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(projection: Tensor) -> Tensor:
-    """Projections of all processes, [B, E] → [ranks × B, E], with gradients to where they came from."""
+    """Projections of all processes, [B, E] → [ranks × B, E], with gradients to where they came from.
+
+    Every process must have the same number of crops B.
+    """
     if dist.is_available() and dist.is_initialized():
-        return torch.cat(all_gather(projection))
+        return _Gather.apply(projection)
     return projection
