@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN = ROOT / "bundles/hybridmim_pretrain"
-sys.path.insert(0, str(PRETRAIN))
-
 SHARED_DATA = ROOT.parent / "shared/data"
+
+
+# tests that start processes or train
+SLOW = (
+    "test_configs",
+    "test_hybridmim",
+    "test_learning",
+    "test_bad_input",
+    "test_commands",
+    "test_distributed",
+    "test_resume",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, so that a broken one is seen soon."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else -1)
 
 
 @pytest.fixture(scope="session")
