@@ -24,11 +24,17 @@ from tools.start import size_text, training_memory
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/hybridmim_pretrain"
 
 
-def _step(overlays: list[str], device: str, crops: int, overrides: dict) -> tuple[Callable[[], None], int]:
-    """One training step of the bundle's own config, ready to run; and the bytes that it keeps."""
+def _parser(overlays: list[str], overrides: dict) -> ConfigParser:
+    """The bundle's own training config."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / f"configs/{name}.yaml") for name in ("train", *overlays)])
-    parser.update({"bundle_root": str(BUNDLE), "device": device, **overrides})
+    parser.update({"bundle_root": str(BUNDLE), **overrides})
+    return parser
+
+
+def _step(overlays: list[str], device: str, crops: int, overrides: dict) -> tuple[Callable[[], None], int]:
+    """One training step, ready to run; and the bytes that it keeps."""
+    parser = _parser(overlays, {"device": device, **overrides})
     step, loss = parser.get_parsed_content("network").train(), parser.get_parsed_content("loss")
     mask = parser.get_parsed_content("draw")[-1]
     mask.set_random_state(0)
@@ -64,6 +70,9 @@ def main(overlays: str = "small", device: str = "", crops: int = 2, steps: int =
     }
     if "swin_unetr" in names:
         del parts["published dropout: first stage twice"]  # a setting of UNet
+    geometry = _parser(names, {}).get_parsed_content("geometry")
+    if geometry.decode_size == geometry.roi_size:
+        del parts["whole crop decoded"]  # as configured
     variants = {name: _step(names, device, crops, overrides) for name, overrides in parts.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}

@@ -16,7 +16,8 @@ from tools.config import truth
 
 def amp_dtype() -> torch.dtype:
     """Type of mixed precision: bfloat16 where the GPU has it, else float16."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float16
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if supported else torch.float16
 
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
