@@ -189,6 +189,11 @@ def paths_of(item: dict) -> list[str]:
     return [str(path) for path in image] if isinstance(image, list | tuple) else [str(image)]
 
 
+def root_of(items: list[dict]) -> str:
+    """The deepest folder that holds all scans."""
+    return os.path.commonpath([Path(path).absolute().parent for item in items for path in paths_of(item)])
+
+
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Divide scans into training and validation, at least one each.
 

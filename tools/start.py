@@ -90,6 +90,8 @@ def require_usable(items: Sequence[dict[str, Any]], channels: int, workers: int,
     Raises:
         ScanError: naming the unusable scans, each with its reason.
     """
+    if not items:
+        raise ScanError("found no scan to work on, expected at least one in dataset_dir, or in the datalist's section")
     scans = _inspect(items, channels, workers, remember)
     bad = [scan for scan in scans if scan.problem is not None]
     if bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 
@@ -253,6 +254,25 @@ def test_inference_resamples_and_returns(trained, workflow, turned_scans, tmp_pa
         seen = nib.load(tmp_path / f"out/{name}/{name}_masked.nii.gz").get_fdata() > 0.05
         difference = np.abs(image.get_fdata() - expected)[seen]
         assert np.median(difference) < 0.05  # at the right place, but for the interpolation
+
+
+def test_scans_of_the_same_name_do_not_overwrite_each_other(trained, workflow, ct_scans, tmp_path):
+    for n, patient in enumerate("ab"):
+        (tmp_path / f"scans/{patient}").mkdir(parents=True)
+        shutil.copy(ct_scans / f"ct_{n}.nii.gz", tmp_path / f"scans/{patient}/t1.nii.gz")
+    absolute = [{"image": str(tmp_path / f"scans/{patient}/t1.nii.gz")} for patient in "ab"]
+    (tmp_path / "list.json").write_text(json.dumps({"test": absolute}))
+    workflow(
+        "infer",
+        ["inference", "small"],
+        dataset_dir=str(tmp_path / "elsewhere"),
+        datalist=str(tmp_path / "list.json"),
+        ckpt_path=str(trained[0] / "models/model.pt"),
+        **TINY_INFERENCE,
+    ).run()
+    for patient in "ab":
+        assert (tmp_path / f"out/{patient}/t1/t1_masked.nii.gz").is_file()
+        assert (tmp_path / f"out/figures/{patient}/t1_reconstruction.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------ verification and export

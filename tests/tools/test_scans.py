@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_files import item, names, write_dicom
-from tools.scans import ScanError, find_scans, read_datalist, split_scans
+from tools.scans import ScanError, find_scans, read_datalist, root_of, split_scans
 
 # ------------------------------------------------------------------------------------------------ find_scans
 
@@ -177,3 +177,9 @@ def test_split_refuses_a_fraction_outside(fraction):
 def test_split_refuses_fewer_than_two_scans(items):
     with pytest.raises(ScanError, match=r"different scans, expected at least 2"):
         split_scans(items, 0.5, seed=0)
+
+
+def test_the_root_holds_all_scans(tmp_path):
+    paths = [tmp_path / "a/x.nii", tmp_path / "b/c/y.nii"]
+    assert root_of([item(path) for path in paths]) == str(tmp_path)
+    assert root_of([{"image": [str(tmp_path / "a/t1.nii"), str(tmp_path / "a/t2.nii")]}]) == str(tmp_path / "a")

@@ -36,17 +36,17 @@ class SaveReconstructionFigured(Transform):
 
     Args:
         figure_dir: folder of the pictures.
-        dataset_dir: folder of the scans, whose folders are kept.
+        scan_root: folder of the scans; the folders below it are kept.
     """
 
-    def __init__(self, figure_dir: str | Path, dataset_dir: str | Path) -> None:
+    def __init__(self, figure_dir: str | Path, scan_root: str | Path) -> None:
         self.figure_dir = Path(figure_dir)
-        self.dataset_dir = Path(dataset_dir)
+        self.scan_root = Path(scan_root)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Draw the first channel, without the padding."""
-        path = Path(data["file"])
-        folder = path.parent.relative_to(self.dataset_dir) if path.is_relative_to(self.dataset_dir) else ""
+        path = Path(data["file"]).absolute()
+        folder = path.parent.relative_to(self.scan_root)
         start, end = generate_spatial_bounding_box(data["scan"].as_tensor())
         box = (0, *(slice(s, e) for s, e in zip(start, end, strict=True)))
         image, masked, pred, counted = (
