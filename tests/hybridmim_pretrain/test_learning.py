@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 from scripts.trainer import PretrainTrainer
 from tools.config import save_config
 from tools.handlers import GradientClipping, read_metrics
+from tools.sample_data import sample_data
 
 from .bundle import save_nifti
 
@@ -56,6 +57,24 @@ def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans,
     # scans that were not trained on
     assert last["val_masked_mse"] < 0.7 * last["val_mean_mse"]
     assert last["val_retrieval_chance"] == pytest.approx(1 / (2 * 8 - 1), rel=1e-4)
+    assert last["val_retrieval_accuracy"] > 5 * last["val_retrieval_chance"]
+
+
+def test_the_contrastive_term_learns_on_sample_scans(workflow, tmp_path):
+    """With the settings of the quickstart, for 8 epochs."""
+    sample_data(str(tmp_path / "ct"), "ct_abdomen", cases=16)
+    workflow(
+        "train",
+        ["train", "small"],
+        dataset_dir=str(tmp_path / "ct/imagesTr"),
+        batch_size=2,
+        crops_per_volume=3,
+        val_fraction=0.2,
+        val_interval=8,
+        epochs=8,
+    ).run()
+    last = {name: float(value) for name, value in read_metrics(tmp_path / "out/metrics.csv")[-1].items()}
+    assert last["val_retrieval_chance"] == pytest.approx(1 / (2 * 9 - 1), rel=1e-4)
     assert last["val_retrieval_accuracy"] > 5 * last["val_retrieval_chance"]
 
 
