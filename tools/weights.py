@@ -9,16 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+# where a training checkpoint keeps the weights: ours and MONAI's, most others, nnU-Net, and self-distillation
+CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
+
 
 class WeightsError(ValueError):
     """A checkpoint that cannot be read, or does not fit the network."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: bare, or under `model` as in a training checkpoint.
+    """The state dict in a file: bare, or under one of the keys `CONTAINERS` as in a training checkpoint.
 
     Raises:
         WeightsError: the file is missing, is no checkpoint, or holds no weights.
+    """
+    return read_checkpoint(path)[1]
+
+
+def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The state dict in a file, and the key that it was under (None: it is bare).
+
+    Raises:
+        WeightsError: as `read_weights`.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,13 +42,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) can read ({type(error).__name__})"
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(
-            f"{path}: expected a state dict (or one under the key `model`), found {type(content).__name__}"
-        )
-    return dict(content)
+    if _is_state(content):
+        return None, dict(content)
+    keys = content if isinstance(content, Mapping) else {}
+    for key in CONTAINERS:
+        if _is_state(keys.get(key)):
+            return key, dict(keys[key])
+    listed = f" with the keys {_some([str(key) for key in keys])}" if keys else ""
+    raise WeightsError(
+        f"{path}: expected a state dict (or one under the key {', '.join(f'`{key}`' for key in CONTAINERS)}), "
+        f"found {type(content).__name__}{listed}"
+    )
+
+
+def _is_state(content: object) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
 def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
@@ -87,6 +107,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     for kind, part, first in (
         ("a SwinUNETR", "swinViT.", "swinViT.patch_embed.proj.weight"),
         ("a UNet (BasicUNet)", "upcat_", "conv_0.conv_0.conv.weight"),
+        ("the encoder of a SwinUNETR", "layers1.0.blocks.", "patch_embed.proj.weight"),
     ):
         if any(part in name for name in state):
             stem = next((tensor for name, tensor in state.items() if name.endswith(first)), None)

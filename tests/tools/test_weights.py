@@ -12,7 +12,15 @@ from tools.weights import WeightsError, load_weights, read_weights
 FEATURES = (4, 4, 8, 8, 16, 4)
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "optimizer": {"lr": 1}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"optimizer": {"lr": 1}, "model": state},
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"net": "basic", "student": state, "teacher": {}},
+    ],
+)
 def test_reads_bare_and_training_checkpoints(tmp_path, wrap):
     network, other = BasicUNet(3, 1, 1, FEATURES), BasicUNet(3, 1, 1, FEATURES)
     torch.save(wrap(network.state_dict()), tmp_path / "model.pt")
@@ -47,7 +55,9 @@ def test_other_networks_are_refused(tmp_path, found, parts):
         (b"", "not a checkpoint that torch.load"),
         (b"not a checkpoint", "not a checkpoint that torch.load"),
         ([1, 2], "expected a state dict .* found list"),
-        ({"epoch": 3}, "expected a state dict .* found dict"),
+        ({"epoch": 3}, "expected a state dict .* found dict with the keys epoch"),
+        ({"model": {"lr": 1}}, "expected a state dict .* found dict with the keys model"),
+        ({}, "expected a state dict .* found dict"),
     ],
 )
 def test_files_without_weights_are_refused(tmp_path, content, message):
