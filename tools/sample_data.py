@@ -1,526 +1,212 @@
 """Synthetic CT and MRI volumes with labels, to try every bundle without downloading a data set.
 
-Anatomy is data: tables of balls and tubes in the millimetres of a reference patient, x to the patient's
-right, y anterior, z superior (RAS+ of nibabel). A case scales and warps that patient, paints the tables in
-order, adds noise and is stored in an orientation of its own, as scans from different scanners are.
+`tools.sample_anatomy` draws the scans; here they are stored, laid out as the data set of each kind is published.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from scipy.interpolate import CubicSpline
-from scipy.ndimage import gaussian_filter, map_coordinates
 
 from tools.files import atomic_path
+from tools.sample_anatomy import (
+    ABDOMEN_LABELS,
+    BRAIN_LABELS,
+    CHANNELS,
+    HIPPOCAMPUS_LABELS,
+    LIVER_LABELS,
+    SPLEEN_LABELS,
+    Case,
+    brain_mri,
+    ct_abdomen,
+    ct_liver,
+    ct_spleen,
+    hippocampus_mri,
+)
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "PSR", "RPI", "ASL")
-WARP_REACH = 20.0  # mm, how far the warp can move a point: the margin of every bounding box
-
-
-class Ball(NamedTuple):
-    """Ellipsoid: centre and radii in mm; tilt turns it in the coronal plane (degrees, top towards +x)."""
-
-    centre: tuple[float, float, float]
-    radii: tuple[float, float, float]
-    tilt: float = 0.0
-
-    def box(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lowest and the highest corner of a box around the shape, in mm."""
-        return np.subtract(self.centre, max(self.radii)), np.add(self.centre, max(self.radii))
-
-    def distance(self, points: np.ndarray) -> np.ndarray:
-        """Return the approximate signed distance in mm (negative inside) of points [3, ...]."""
-        x, y, z = (p - c for p, c in zip(points, self.centre, strict=True))
-        sin, cos = np.sin(np.radians(self.tilt)), np.cos(np.radians(self.tilt))
-        q = np.stack([cos * x - sin * z, y, sin * x + cos * z])
-        radii = np.asarray(self.radii, np.float32).reshape(3, *[1] * (q.ndim - 1))
-        level = np.sqrt(((q / radii) ** 2).sum(0)) + 1e-3
-        return level * (level - 1) / (np.sqrt(((q / radii**2) ** 2).sum(0)) + 1e-4)
-
-
-class Tube(NamedTuple):
-    """Round tube through knots (x, y, z, radius), all in mm; the radius changes linearly between knots."""
-
-    knots: tuple[tuple[float, float, float, float], ...]
-
-    def box(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lowest and the highest corner of a box around the shape, in mm."""
-        knots = np.asarray(self.knots)
-        return (knots[:, :3] - knots[:, 3:]).min(0), (knots[:, :3] + knots[:, 3:]).max(0)
-
-    def distance(self, points: np.ndarray) -> np.ndarray:
-        """Return the signed distance in mm (negative inside) of points [3, ...]."""
-        nearest = np.full(points.shape[1:], np.inf, np.float32)
-        for start, end in zip(self.knots[:-1], self.knots[1:], strict=True):
-            offset = [p - np.float32(s) for p, s in zip(points, start[:3], strict=True)]
-            axis = np.subtract(end[:3], start[:3]).astype(np.float32)
-            along = np.clip(sum(o * a for o, a in zip(offset, axis, strict=True)) / (axis @ axis), 0, 1)
-            squared = sum((o - along * a) ** 2 for o, a in zip(offset, axis, strict=True))
-            nearest = np.minimum(nearest, np.sqrt(squared) - (start[3] + along * (end[3] - start[3])))
-        return nearest
-
-
-Shapes = tuple[Ball | Tube, ...]
-
-
-def _tube(*knots: tuple[float, float, float, float]) -> Tube:
-    return Tube(knots)
-
-
-def _both_sides(*shapes: Ball | Tube) -> Shapes:
-    """Return the shapes and their mirror images on the patient's left."""
-
-    def mirror(shape: Ball | Tube) -> Ball | Tube:
-        if isinstance(shape, Tube):
-            return _tube(*((-x, y, z, r) for x, y, z, r in shape.knots))
-        x, y, z = shape.centre
-        return Ball((-x, y, z), shape.radii, -shape.tilt)
-
-    return (*shapes, *map(mirror, shapes))
-
-
-class Part(NamedTuple):
-    """A structure of the abdomen; HU are (arterial, portal venous), label 0 leaves the label alone."""
-
-    label: int
-    hu: tuple[float, float]
-    shapes: Shapes
-    minus: Shapes = ()  # carved out, as a hilum is
-    wall: float = 0.0  # mm; deeper than this lies the content
-    content: tuple[float, float] | None = None
-    gas_above: float = np.inf  # y in mm: patients lie on their back, so gas collects in front
-    under_diaphragm: bool = True
-
-
-# fmt: off
-ABDOMEN_LABELS = dict(enumerate((
-    "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-    "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland",
-), start=1))
-MUSCLES = _both_sides(
-    _tube((30, -80, 190, 18), (33, -79, -60, 24), (30, -84, -190, 22)),  # erector spinae
-    _tube((27, -42, 10, 8), (37, -38, -60, 16), (50, -22, -190, 21)),  # psoas
-    _tube((56, -58, -10, 6), (66, -60, -60, 11), (68, -58, -120, 9)),  # quadratus lumborum
-    _tube((14, -26, 60, 5), (13, -28, -20, 4)),  # crura of the diaphragm
-)
-HIPS = _both_sides(Ball((98, -38, -172), (13, 62, 76), 24))
-VERTEBRAE = _both_sides(_tube((5, -46, 190, 17), (5, -46, -190, 17)))
-ARCHES = _both_sides(
-    _tube((2, -76, 190, 4), (2, -76, -190, 4)),
-    _tube((13, -68, 190, 4.5), (13, -68, -190, 4.5)),
-)
-CANAL = (_tube((0, -65, 190, 8), (0, -65, -190, 8)),)
-RIB_ENDS = np.array([-52, -15, 30, 55, 70, 80, 90])  # y in mm where the 12th, 11th ... rib ends
-HEART = (Ball((-24, 34, 152), (60, 48, 48)),)
-ABDOMEN = (  # later parts cover earlier ones
-    # ascending, transverse (two halves) and descending colon
-    Part(0, (60, 70), (_tube((88, 5, -190, 20), (94, 0, -100, 22), (92, 18, -38, 20)),),
-         wall=3, content=(40, 60), gas_above=12),
-    Part(0, (60, 70), (_tube((90, 34, -30, 16), (40, 62, -52, 17), (-30, 66, -48, 15)),),
-         wall=3, content=(35, 45), gas_above=66),
-    Part(0, (60, 70), (_tube((-30, 66, -48, 15), (-80, 44, -12, 16), (-103, 4, 8, 15)),),
-         wall=3, content=(30, 40), gas_above=52),
-    Part(0, (60, 70), (_tube((-103, 4, 8, 14), (-104, -16, -70, 13), (-88, -4, -190, 13)),),
-         wall=3, content=(30, 40)),
-    # liver, then the portal and hepatic veins in it
-    Part(6, (72, 112), (Ball((78, 0, 48), (62, 78, 84), -6), Ball((14, 40, 76), (66, 38, 34), -14)),
-         minus=(Ball((26, -8, 4), (28, 34, 34)),)),
-    Part(0, (80, 150), (
-        _tube((44, 14, 46, 6), (72, 14, 60, 4.5), (104, 2, 70, 2.5)),
-        _tube((72, 14, 60, 4), (90, 34, 34, 2)),
-        _tube((44, 14, 46, 5), (22, 40, 72, 3.5), (-8, 46, 82, 2)),
-        _tube((27, -8, 100, 5), (66, 8, 94, 4), (100, -14, 76, 2)),
-        _tube((27, -8, 100, 5), (44, 34, 88, 3.5), (56, 50, 64, 2)),
-    )),
-    Part(1, (125, 118), (Ball((-98, -28, 62), (34, 44, 46), 14),),
-         minus=(Ball((-60, 4, 62), (34, 36, 40)),)),
-    # kidneys: the wall is the cortex, the content the medulla
-    Part(2, (185, 190), (Ball((62, -44, -24), (27, 25, 52), -12),),
-         minus=(Ball((44, -34, -24), (15, 9, 22)),), wall=8, content=(95, 170)),
-    Part(3, (185, 190), (Ball((-62, -44, -8), (27, 25, 52), 12),),
-         minus=(Ball((-44, -34, -8), (15, 9, 22)),), wall=8, content=(95, 170)),
-    Part(7, (70, 80),
-         (_tube((-60, -2, 90, 31), (-66, 28, 60, 31), (-52, 52, 24, 25), (-8, 60, 2, 19), (24, 50, 4, 12)),),
-         wall=4, content=(25, 30), gas_above=50),
-    Part(4, (12, 8), (Ball((50, 46, 0), (14, 19, 25), 10),)),
-    # duodenum
-    Part(0, (70, 80), (_tube((24, 50, 4, 12), (46, 30, -4, 13), (48, 16, -48, 12), (20, 2, -64, 11)),),
-         wall=3, content=(30, 40)),
-    Part(11, (105, 95),
-         (_tube((30, 22, -20, 14), (28, 24, 0, 15), (8, 32, 12, 10), (-30, 24, 20, 12), (-74, -6, 40, 10)),)),
-    # superior mesenteric artery
-    Part(0, (290, 150), (_tube((4, -6, 4, 4), (2, 20, -22, 3.5), (4, 32, -90, 3)),)),
-    Part(9, (95, 145), (_tube((20, -20, -88, 11), (22, -16, -10, 12), (26, -10, 60, 12), (24, 0, 112, 12)),),
-         under_diaphragm=False),
-    Part(8, (300, 155),
-         (_tube((-4, -16, -84, 9), (-10, -16, 20, 10), (-14, -18, 80, 11), (-20, -26, 190, 12)),),
-         under_diaphragm=False),
-    # iliac arteries
-    Part(0, (280, 150), _both_sides(_tube((2, -16, -84, 7), (28, -18, -130, 6), (44, -8, -190, 6)))),
-    Part(10, (135, 172), (
-        _tube((16, 14, 6, 7.5), (32, 10, 28, 7.5), (48, 14, 48, 7)),
-        _tube((16, 14, 6, 7), (-12, 12, 18, 5.5), (-42, 8, 28, 5), (-76, -12, 46, 4.5)),
-        _tube((16, 14, 6, 7), (16, 28, -34, 5.5)),
-    )),
-    Part(5, (55, 65), (_tube((-6, -2, 190, 9), (-10, 0, 125, 9), (-22, 6, 100, 9), (-38, 4, 92, 9)),),
-         wall=4.5, content=(20, 20), under_diaphragm=False),
-    Part(12, (75, 85),
-         (_tube((36, -22, 50, 4), (40, -30, 36, 4.6)), _tube((38, -26, 44, 3.6), (48, -34, 34, 4)))),
-    Part(13, (75, 85),
-         (_tube((-30, -16, 42, 4.4), (-33, -26, 30, 5)), _tube((-32, -22, 38, 4), (-44, -27, 28, 4.4)))),
-)
-
-BRAIN_LABELS = {1: "necrotic core", 2: "edema", 4: "enhancing tumour"}
-CHANNELS = ("t1", "t1ce", "t2", "flair")
-BACKGROUND, CSF, GREY, WHITE, DEEP_GREY, NECROSIS, EDEMA, ENHANCING = range(8)
-SIGNAL = np.array((  # one row for each tissue, one column for each channel
-    (0, 0, 0, 0),
-    (0.24, 0.25, 1.00, 0.20),
-    (0.60, 0.62, 0.62, 0.62),
-    (0.86, 0.88, 0.44, 0.47),
-    (0.68, 0.70, 0.54, 0.57),
-    (0.36, 0.38, 0.88, 0.46),
-    (0.58, 0.60, 0.80, 0.98),
-    (0.60, 1.20, 0.66, 0.78),
-), np.float32)
-CEREBRUM = Ball((0, -4, 12), (67, 85, 60))
-TEMPORAL_LOBES = _both_sides(Ball((41, 6, -19), (25, 42, 21), 8))
-CEREBELLUM = (*_both_sides(Ball((23, -57, -39), (31, 31, 23), -10)), Ball((0, -54, -36), (17, 29, 24)))
-BRAINSTEM = (_tube((0, -14, -6, 15), (0, -20, -38, 15), (0, -30, -68, 7)),)
-DEEP_NUCLEI = _both_sides(
-    Ball((11, -14, 4), (9, 15, 9)),  # thalamus
-    _tube((12, 22, 8, 6), (17, -2, 16, 4), (20, -20, 16, 3)),  # caudate
-    Ball((25, 5, 2), (6, 18, 11), 8),  # lentiform nucleus
-)
-VENTRICLES = (
-    *_both_sides(
-        _tube((6, 30, 6, 4), (8, 6, 16, 5.5), (14, -26, 15, 7.5), (18, -54, 6, 3.5)),
-        _tube((15, -28, 13, 7), (28, -20, -10, 3), (31, 2, -18, 2.5)),
-    ),
-    Ball((0, -8, 0), (2.4, 13, 9)),  # third
-    Ball((0, -42, -38), (7, 5, 9)),  # fourth
-)
-# fmt: on
-
-
-def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], knots: int) -> np.ndarray:
-    """Return noise [X, Y, Z] of about unit variance, smooth between `knots` points along each axis."""
-    noise = rng.standard_normal((knots,) * 3).clip(-2.5, 2.5)
-    for axis, size in enumerate(shape):
-        spline = CubicSpline(np.arange(knots), np.eye(knots))(np.linspace(0, knots - 1, size))
-        noise = np.moveaxis(np.tensordot(spline, noise, (1, axis)), 0, axis)
-    return noise.astype(np.float32)
-
-
-class Grid:
-    """Voxel grid of a case: where its voxels lie in the reference patient, `points` [3, X, Y, Z] in mm."""
-
-    def __init__(
-        self,
-        rng: np.random.Generator,
-        size: tuple[int, ...],
-        spacing: np.ndarray,
-        middle: np.ndarray,
-        warp: float,
-    ) -> None:
-        scale = rng.uniform(0.93, 1.05, 3)
-        self.axes = [
-            (m + (np.arange(n) - (n - 1) / 2) * d / s).astype(np.float32)
-            for n, d, m, s in zip(size, spacing, middle, scale, strict=True)
-        ]
-        self.voxel = float(np.mean(spacing))
-        self.points = np.stack(np.meshgrid(*self.axes, indexing="ij"))
-        for point in self.points:
-            point += warp * (_smooth_noise(rng, size, 5) + 0.35 * _smooth_noise(rng, size, 9))
-
-    def distance(self, shapes: Shapes) -> np.ndarray:
-        """Return the signed distance [X, Y, Z] in mm to the union of the shapes (inf far away from them)."""
-        nearest = np.full(self.points.shape[1:], np.inf, np.float32)
-        for shape in shapes:
-            box = self.box((shape,))
-            nearest[box] = np.minimum(nearest[box], shape.distance(self.points[(slice(None), *box)]))
-        return nearest
-
-    def box(self, shapes: Shapes) -> tuple[slice, ...]:
-        """Return the part of the grid that the shapes may reach."""
-        low = np.min([shape.box()[0] for shape in shapes], 0) - WARP_REACH
-        high = np.max([shape.box()[1] for shape in shapes], 0) + WARP_REACH
-        bounds = zip(self.axes, low, high, strict=True)
-        return tuple(slice(*np.searchsorted(axis, (first, last))) for axis, first, last in bounds)
-
-
-def _blend(volume: np.ndarray, hu: np.ndarray | float, distance: np.ndarray, voxel: float) -> None:
-    """Paint inside a surface in place; a voxel that the surface cuts gets its share (partial volume)."""
-    volume += np.clip(0.5 - distance / voxel, 0, 1) * (hu - volume)
-
-
-def _ct_abdomen(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return CT [X, Y, Z] in HU (int16), labels (uint8) and the voxel spacing in mm."""
-    fat, wall, phase = rng.uniform(9, 26), rng.uniform(11, 15), rng.uniform(0, 1)
-    width, between = 2 * (146 + wall + 1.25 * fat), float(rng.choice([3.0, 3.27, 3.75, 4.0, 4.5]))
-    columns = int(np.clip(width / rng.uniform(2.45, 3.0), 96, 144))
-    size = (columns, columns, int(np.clip(rng.uniform(275, 300) / between, 64, 96)))
-    spacing = np.round([width / columns, width / columns, between], 3)
-    grid = Grid(rng, size, spacing, np.array([0, 0, rng.uniform(4, 16)]), 3.5)
-    x, y, z = grid.points
-
-    # Distances in mm from the abdominal cavity (a squarish ellipse with a groove behind) and from the skin.
-    waist = 1 + 0.05 * np.cos((z + 40) / 38)
-    back = y - 4 * np.exp(-((x / 16) ** 2)) * (y < 0)
-    outside = (np.abs(x / (128 * waist)) ** 2.5 + np.abs(back / 80) ** 2.5 + 1e-6) ** 0.4
-    outside = np.hypot(x, back) * (1 - 1 / outside)
-    skin = outside - wall - fat * (1 + 0.3 * np.sin(2.2 * np.arctan2(np.abs(x), back)))
-    table = np.abs(y + 89 + wall + 1.35 * fat - (x / 37) ** 2) - 2.5
-    volume = np.full(size, -1000, np.float32)
-    muscle = np.maximum(grid.distance(MUSCLES), skin + 4)
-    layers = (
-        (-300, np.where(np.abs(x) > 150, np.inf, table)),
-        (20, skin - 3),
-        (-105, skin),
-        (55, outside - wall),
-    )
-    for hu, distance in (*layers, (-98, outside), (57, muscle)):
-        _blend(volume, hu, distance, grid.voxel)
-    _paint_bones(volume, grid, outside, skin)
-
-    # Above the diaphragm, a dome on each side that dips behind and at the sides: lungs and heart.
-    aside, behind = (np.abs(x) - 62) / 66, y / 80
-    dome = np.where(x > 0, 122, 110) - np.where(aside > 0, 55, 16) * aside**2
-    above = z - dome + np.where(y < 0, 78, 36) * behind**2
-    chest = np.maximum(outside + 1, 24 - np.abs(x))
-    vessels = gaussian_filter(rng.standard_normal(size, np.float32), 0.8) > 0.45
-    _blend(volume, 50, np.maximum(chest, np.abs(above) - 3), grid.voxel)
-    _blend(volume, -860 - 0.6 * y + 520 * vessels, np.maximum(chest, 3 - 0.6 * above), grid.voxel)
-    _blend(volume, 60 + 70 * phase, grid.distance(HEART), grid.voxel)
-
-    labels = np.zeros(size, np.uint8)
-    limit = np.maximum(outside + 1, above + 3)
-    for part in (*_small_bowel(rng), *ABDOMEN):
-        _paint_part(volume, labels, grid, part, limit, phase, rng.normal(0, 4))
-    # Noise is correlated in plane, as filtered back-projection leaves it, and weaker outside the body.
-    noise = gaussian_filter(rng.standard_normal(size, np.float32), (0.7, 0.7, 0)) * rng.uniform(18, 34)
-    volume = gaussian_filter(volume, 0.4) + noise * np.where(skin < 5, 1, 0.5)
-    return np.clip(np.round(volume), -1024, 3071).astype(np.int16), labels, spacing
-
-
-def _paint_bones(volume: np.ndarray, grid: Grid, outside: np.ndarray, skin: np.ndarray) -> None:
-    """Paint spine, hip bones and ribs in place, hard (cortical) outside and softer (marrow) inside."""
-    x, y, z = grid.points
-    level = np.abs((z + 300) % 34 - 17)  # mm from the middle of the nearest disc, one every 34 mm
-    vertebra = grid.distance(VERTEBRAE)
-    bone = np.where((level < 6) | (vertebra > -3), 480, 210)
-    spinous_process = np.maximum(np.maximum(np.abs(x) - 4, np.abs(y + 90) - 14), 9 - level)
-    transverse_process = np.maximum(np.abs(x) - 38, np.hypot(y + 64, 14 - level) - 5)
-    hips = np.maximum(grid.distance(HIPS), skin + 8)
-    # Ribs lie in the wall of the trunk, 24 mm apart, and fall towards the front.
-    height = z + 0.5 * (y + 75) - 28
-    number = np.round(height / 24)
-    rib = np.hypot(outside - 6, height - 24 * number) - 5.5
-    end = RIB_ENDS[np.clip(number, 0, len(RIB_ENDS) - 1).astype(int)]
-    rib[(number < 0) | (y > end) | (np.abs(x) < 16)] = np.inf
-    for hu, distance in (
-        (np.where(level < 4, 85, bone), vertebra),
-        (520, grid.distance(ARCHES)),
-        (450, spinous_process),
-        (560, transverse_process),
-        (15, grid.distance(CANAL)),
-        (np.where(hips > -4, 620, 260), hips),
-        (np.where(rib > -2.5, 620, 250), rib),
-    ):
-        _blend(volume, hu, distance, grid.voxel)
-
-
-def _small_bowel(rng: np.random.Generator) -> list[Part]:
-    """Return loops of small bowel, some with oral contrast or gas, and the vessels that lead to them."""
-    parts = []
-    for _ in range(30):
-        middle = rng.uniform((-76, -4, -140), (64, 60, -26))
-        turns = (middle + rng.uniform(-1, 1, (4, 3)) * (28, 16, 14)).tolist()
-        loop = _tube(*((*turn, rng.uniform(9, 14)) for turn in turns))
-        contrast = float(rng.choice([25, 40, 180]))
-        gas = middle[1] + 7 if rng.random() < 0.3 else np.inf
-        parts.append(Part(0, (70, 95), (loop,), wall=3, content=(contrast, contrast), gas_above=gas))
-        parts.append(Part(0, (110, 120), (_tube((10, 26, -34, 1.5), (*turns[0], 1)),)))
-    return parts
-
-
-def _paint_part(
-    volume: np.ndarray,
-    labels: np.ndarray,
-    grid: Grid,
-    part: Part,
-    limit: np.ndarray,
-    phase: float,
-    jitter: float,
-) -> None:
-    """Paint one structure in place, at a contrast phase from 0 (arterial) to 1 (portal venous)."""
-    box = grid.box(part.shapes)
-    distance = grid.distance(part.shapes)[box]
-    distance = np.maximum(distance, -grid.distance(part.minus)[box])
-    if part.under_diaphragm:
-        distance = np.maximum(distance, limit[box])
-    _blend(volume[box], np.interp(phase, (0, 1), part.hu) + jitter, distance, grid.voxel)
-    if part.content:
-        content = np.interp(phase, (0, 1), part.content)
-        content = np.where(grid.points[1][box] > part.gas_above, -900, content)
-        _blend(volume[box], content, distance + part.wall, grid.voxel)
-    if part.label:
-        labels[box][distance < 0] = part.label
-
-
-def _brain_mri(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return MRI [X, Y, Z, 4] in scanner units (int16), labels (uint8) and the voxel spacing in mm."""
-    spacing = np.round(rng.uniform(1.2, 1.5, 3), 2)
-    size = tuple(np.clip(np.array((162, 196, 166)) / spacing, 120, 160).astype(int).tolist())
-    grid = Grid(rng, size, spacing, np.array([0, -6, -4]), 1.4)
-
-    centre = rng.uniform((28, -40, 12), (40, 34, 36)) * (rng.choice([-1, 1]), 1, 1)
-    radius, rim, swelling = rng.uniform(12, 19), rng.uniform(3, 4.5), rng.uniform(10, 18)
-    offset = grid.points - centre.astype(np.float32).reshape(3, 1, 1, 1)
-    away = np.sqrt((offset**2).sum(0))
-    # Mass effect: healthy brain is read nearer to the tumour's centre and so looks pushed outwards.
-    grid.points -= offset * (0.3 * np.exp(-((away / (1.7 * radius)) ** 2)))
-    tissue = _healthy_brain(rng, grid)
-
-    labels = np.zeros(size, np.uint8)
-    core = away - radius + 2.5 * _smooth_noise(rng, size, 14)
-    edema = core < swelling + 5 * _smooth_noise(rng, size, 9)
-    for where, kind, label in (
-        (edema & (tissue == WHITE), EDEMA, 2),  # swelling spreads along white matter and spares the cortex
-        ((tissue != BACKGROUND) & (core < 0), ENHANCING, 4),
-        ((tissue != BACKGROUND) & (core < 1.3 * _smooth_noise(rng, size, 22) - rim), NECROSIS, 1),
-    ):
-        tissue[where], labels[where] = kind, label
-
-    brain = tissue != BACKGROUND
-    image = np.zeros((*size, len(CHANNELS)), np.int16)
-    for channel, scale in enumerate(10 ** rng.uniform(2.3, 3.2, len(CHANNELS))):
-        signal = gaussian_filter(SIGNAL[tissue, channel], 0.55)[brain]
-        signal *= np.exp(0.1 * _smooth_noise(rng, size, 4)[brain])  # bias field of the coil
-        signal += 0.025 * rng.standard_normal(signal.shape, np.float32)
-        image[brain, channel] = np.maximum(np.round(scale * signal), 1)
-    return image, labels, spacing
-
-
-def _healthy_brain(rng: np.random.Generator, grid: Grid) -> np.ndarray:
-    """Return the tissue [X, Y, Z] (uint8) at every point of the grid."""
-    _, y, z = grid.points
-    cerebrum = np.maximum(grid.distance((CEREBRUM,)), -22 - z)
-    cerebrum = np.minimum(cerebrum, grid.distance(TEMPORAL_LOBES))
-    cerebellum, stem = grid.distance(CEREBELLUM), grid.distance(BRAINSTEM)
-    surface = np.minimum(np.minimum(cerebrum, cerebellum), stem)
-    tissue = np.where(surface < 1.2, WHITE, BACKGROUND).astype(np.uint8)
-
-    upper, lower = cerebrum < 1.2, (cerebrum > 0) & (surface < 1.2)
-    pia = np.full(cerebrum.shape, np.inf, np.float32)  # mm from the surface, that of the sulci included
-    wander = np.stack([_smooth_noise(rng, cerebrum.shape, 14)[upper] for _ in range(3)])
-    pia[upper] = np.minimum(-cerebrum[upper], _fissures(rng, grid.points[:, upper], -cerebrum[upper], wander))
-    folia = np.abs((np.hypot(z + 40, y + 40) / 5.5) % 1 - 0.5) * 5.5
-    for where, kind in (
-        (pia < 3.6, GREY),
-        (lower & (cerebellum > -12), GREY),
-        (lower & (cerebellum > -10) & (folia < 0.5), CSF),
-        (lower & (stem < 0), WHITE),
-        (grid.distance(DEEP_NUCLEI) < 0, DEEP_GREY),
-        ((pia < 0.8) | ((surface > 0) & (surface < 1.2)), CSF),
-        (grid.distance(VENTRICLES) < rng.uniform(-0.8, 2.0), CSF),
-    ):
-        tissue[where] = kind
-    return tissue
-
-
-def _fissures(rng: np.random.Generator, points: np.ndarray, depth: np.ndarray, wander: np.ndarray) -> np.ndarray:
-    """Return the distance [N] in mm to the nearest fissure, at points [3, N] that lie depth [N] mm deep.
-
-    Sulci are the zero crossings of smooth noise on the surface of a lobe, carried inwards because real ones
-    stand upright on the surface too, and wandering a little (wander [3, N], unit variance).
-    """
-    x, y, z = points
-    noise = gaussian_filter(rng.standard_normal((128,) * 3, np.float32), 2)
-    deep = gaussian_filter(rng.standard_normal((64,) * 3, np.float32), 3)
-    pitch = 1.5  # mm of brain surface for one voxel of noise
-    surface = np.empty_like(points)
-    lobes = (CEREBRUM, *TEMPORAL_LOBES)
-    owner = np.argmin([lobe.distance(points) for lobe in lobes], 0)
-    for number, lobe in enumerate(lobes):
-        own = owner == number
-        offset = points[:, own] - np.reshape(lobe.centre, (3, 1))
-        level = np.sqrt(((offset / np.reshape(lobe.radii, (3, 1))) ** 2).sum(0)) + 0.05
-        surface[:, own] = 63.5 + offset / level / pitch
-    surface = np.clip(surface + 1.6 * wander, 0, 127)
-    # Noise of unit variance blurred by sigma crosses zero with a slope of about 1 / (sigma * sqrt(2)).
-    fold = np.abs(map_coordinates(noise, surface, order=1)) / noise.std() * 2 * pitch * 2**0.5
-    floor = 20 + 5 * map_coordinates(deep, surface / 2, order=1) / deep.std()
-    sulci = np.hypot(fold, np.maximum(depth - floor, 0))
-    midbrain = (x / 25) ** 2 + ((y + 8) / 36) ** 2 + ((z + 12) / 22) ** 2 < 1
-    callosum = 20 * (np.hypot((y + 6) / 40, (z - 8) / 20) - 1)  # the hemispheres join inside this ellipse
-    midline = np.hypot(x + 3 * wander[0], np.maximum(-callosum, 0)) - 0.3
-    insula = np.maximum(36 - np.abs(x), 0) + np.maximum(np.abs(y) - 32, 0)
-    sylvian = np.hypot(0.9 * z + 3 + 0.45 * y, insula) - 0.3
-    return np.minimum(np.minimum(np.where(midbrain, np.inf, sulci), midline), sylvian)
+UNKNOWN = ("unknown", "unknown")  # kind and seed of data that this program did not write
 
 
 class Kind(NamedTuple):
-    """A kind of sample data: how a case is built, and what dataset.json says of it."""
+    """A kind of sample data: what a case is and where its files lie.
 
-    build: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    Attributes:
+        draw: returns image, labels and voxel spacing of a case.
+        modality: names of the channels.
+        labels: names of the label values.
+        image: path of an image, with a place for the {number} of the case; with one for the {channel} too, every
+            channel is a file of its own.
+        label: path of a label, likewise.
+        first: number of the first case.
+        orientations: the cases take them in turn, as scans from different scanners differ.
+        dataset_json: whether the Decathlon's dataset.json lists the cases.
+        tagged: whether each file says in its header that it is synthetic; its name is that of a real one.
+    """
+
+    draw: Callable[[np.random.Generator], Case]
     modality: tuple[str, ...]
     labels: dict[int, str]
+    image: str
+    label: str
+    first: int = 1
+    orientations: tuple[str, ...] = ORIENTATIONS
+    dataset_json: bool = True
+    tagged: bool = True
 
 
+def _decathlon(name: str) -> tuple[str, str]:
+    return f"imagesTr/{name}.nii.gz", f"labelsTr/{name}.nii.gz"
+
+
+BRATS = "BraTS20_Training_{number:03d}/BraTS20_Training_{number:03d}"
+# fmt: off
 KINDS = {
-    "ct_abdomen": Kind(_ct_abdomen, ("CT",), ABDOMEN_LABELS),
-    "brain_mri": Kind(_brain_mri, CHANNELS, BRAIN_LABELS),
+    "ct_abdomen": Kind(ct_abdomen, ("CT",), ABDOMEN_LABELS, *_decathlon("ct_abdomen_{number:04d}"),
+                       first=0, tagged=False),
+    "brain_mri": Kind(brain_mri, CHANNELS, BRAIN_LABELS, *_decathlon("brain_mri_{number:04d}"),
+                      first=0, tagged=False),
+    "btcv": Kind(ct_abdomen, ("CT",), ABDOMEN_LABELS,
+                 "imagesTr/img{number:04d}.nii.gz", "labelsTr/label{number:04d}.nii.gz", dataset_json=False),
+    "brats": Kind(brain_mri, CHANNELS, BRAIN_LABELS,
+                  BRATS + "_{channel}.nii.gz", BRATS + "_seg.nii.gz", dataset_json=False),
+    "liver": Kind(ct_liver, ("CT",), LIVER_LABELS, *_decathlon("liver_{number}"), first=0),
+    "spleen": Kind(ct_spleen, ("CT",), SPLEEN_LABELS, *_decathlon("spleen_{number}")),
+    "hippocampus": Kind(hippocampus_mri, ("MRI",), HIPPOCAMPUS_LABELS, *_decathlon("hippocampus_{number:03d}"),
+                        orientations=("RAS",)),
 }
+# fmt: on
 
 
-def _save(array: np.ndarray, affine: np.ndarray, orientation: str, path: Path) -> None:
+def _tag(kind: str, seed: int) -> str:
+    """Return what the header of a file says where its name does not tell it from a real scan."""
+    return f"synthetic {kind}, seed {seed}" if KINDS[kind].tagged else ""
+
+
+def _save(array: np.ndarray, affine: np.ndarray, orientation: str, tag: str, path: Path) -> None:
     """Store an array built in RAS in another orientation; the bytes depend on nothing but the arguments."""
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = tag
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation)))
     with atomic_path(path) as temporary:
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))  # no time of day in it
 
 
+def _described(description: Path) -> tuple[str, int] | tuple[str, str]:
+    """Return kind and seed that a dataset.json tells."""
+    try:
+        content = json.loads(description.read_text())
+        return content["kind"], content["seed"]
+    except (ValueError, KeyError, TypeError):  # no JSON at all, or that of another program
+        return UNKNOWN
+
+
+def _tagged(scan: Path) -> tuple[str, int] | tuple[str, str]:
+    """Return kind and seed that the header of a NIfTI file tells."""
+    try:
+        tag = nib.load(scan).header["descrip"].item().decode("latin-1")
+    except (ImageFileError, OSError, EOFError, zlib.error):
+        return UNKNOWN
+    found = re.fullmatch(r"synthetic (\w+), seed (\d+)", tag)
+    return (found[1], int(found[2])) if found else UNKNOWN
+
+
 def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:
-    """Raise ValueError where the folder is a file or holds a data set other than this kind with this seed."""
+    """Raise ValueError where the folder is a file or holds a data set other than this kind with this seed.
+
+    A folder without dataset.json may be that of a kind that has none, or of a run that did not end: there each
+    scan speaks for itself.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got {str(folder)!r}, which is a file, expected a folder")
     description = folder / "dataset.json"
-    if not description.exists():
-        return
-    try:
-        content = json.loads(description.read_text())
-        found = content["kind"], content["seed"]
-    except (ValueError, KeyError, TypeError):  # no JSON at all, or that of another program
-        found = "unknown", "unknown"
-    if found != (kind, seed):
+    expected = {(kind, seed)}
+    if description.exists():
+        found = {_described(description)}
+    else:
+        found = {_tagged(scan) for scan in folder.rglob("[!.]*.nii*")}
+        if not KINDS[kind].tagged:
+            expected.add(UNKNOWN)
+    if other := found - expected:
+        other_kind, other_seed = other.pop()
         raise ValueError(
-            f"output_dir: {str(folder)!r} holds a data set of kind {found[0]} with seed {found[1]}, expected "
+            f"output_dir: {str(folder)!r} holds a data set of kind {other_kind} with seed {other_seed}, expected "
             f"an empty folder or one of kind {kind} with seed {seed}"
         )
 
 
-def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> None:
-    """Write synthetic cases with labels as a Decathlon-style data set (imagesTr, labelsTr, dataset.json).
+def _write_case(folder: Path, kind: str, index: int, seed: int) -> None:
+    """Draw and store the case of an index, which starts at 0."""
+    rng = np.random.default_rng([seed, index])
+    settings, tag, number = KINDS[kind], _tag(kind, seed), KINDS[kind].first + index
+    image, labels, spacing = settings.draw(rng)
+    affine = np.diag((*spacing, 1.0))
+    affine[:3, 3] = np.round(rng.uniform(-30, 30, 3) - spacing * labels.shape / 2, 2)
+    orientation = settings.orientations[(seed + index) % len(settings.orientations)]
+    arrays = {settings.label.format(number=number): labels}
+    if "{channel}" in settings.image:
+        for channel, name in enumerate(settings.modality):
+            arrays[settings.image.format(number=number, channel=name)] = image[..., channel]
+    else:
+        arrays[settings.image.format(number=number)] = image
+    for path, array in arrays.items():
+        _save(array, affine, orientation, tag, folder / path)
 
-    Kind `ct_abdomen`: CT [X, Y, Z] in HU with the 13 organs of BTCV. Kind `brain_mri`: MRI [X, Y, Z, 4] (t1,
-    t1ce, t2, flair) in scanner units, brain only, with the tumour labels 1, 2 and 4 of BraTS. Sizes, voxel
-    spacings (mm) and orientations differ from case to case. A case depends on the seed and its number alone:
-    more cases continue the same series.
+
+def _describe(folder: Path, kind: str, seed: int, cases: int) -> None:
+    """Write dataset.json."""
+    settings = KINDS[kind]
+    content = {
+        "name": f"synthetic {kind}",
+        "description": "Drawn by a program, for tests and demonstrations; holds no data of any patient",
+        "kind": kind,
+        "seed": seed,
+        "tensorImageSize": "4D" if len(settings.modality) > 1 else "3D",
+        "modality": {str(number): name for number, name in enumerate(settings.modality)},
+        "labels": {str(number): name for number, name in {0: "background", **settings.labels}.items()},
+        "numTraining": cases,
+        "numTest": 0,
+        "training": [
+            {"image": settings.image.format(number=number), "label": settings.label.format(number=number)}
+            for number in range(settings.first, settings.first + cases)
+        ],
+        "test": [],
+    }
+    with atomic_path(folder / "dataset.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> None:
+    """Write synthetic cases with labels, laid out as a published data set is.
+
+    Kinds:
+        ct_abdomen: CT [X, Y, Z] in HU with the 13 organs of BTCV; a Decathlon-style data set (imagesTr,
+            labelsTr, dataset.json).
+        brain_mri: MRI [X, Y, Z, 4] (t1, t1ce, t2, flair) in scanner units, brain only, with the tumour labels
+            1, 2 and 4 of BraTS; Decathlon-style.
+        btcv: `ct_abdomen` as imagesTr/img0001.nii.gz and labelsTr/label0001.nii.gz.
+        brats: `brain_mri` as a folder for each case with a file for each channel, as in BraTS 2020.
+        liver: the abdomen with 1 liver and 2 cancer, as in the Decathlon's Task03_Liver.
+        spleen: the abdomen with 1 spleen, as in Task09_Spleen.
+        hippocampus: crops of MRI at 1 mm with 1 anterior and 2 posterior hippocampus, as in Task04_Hippocampus.
+
+    Sizes, voxel spacings (mm) and orientations differ from case to case; hippocampus crops differ in size alone.
+    A case depends on the seed and its number alone: more cases continue the same series.
 
     Args:
         output_dir: folder to write to; it may hold an earlier run of the same kind and seed.
-        kind: `ct_abdomen` or `brain_mri`.
+        kind: one of the kinds above.
         cases: how many cases to write, at least 1.
         seed: whole number of at least 0 from which everything random follows.
 
@@ -534,31 +220,8 @@ def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> No
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
     folder = Path(output_dir)
     _refuse_other_data(folder, kind, seed)
-    training = []
     for index in range(cases):
-        rng = np.random.default_rng([seed, index])
-        image, labels, spacing = KINDS[kind].build(rng)
-        affine = np.diag((*spacing, 1.0))
-        affine[:3, 3] = np.round(rng.uniform(-30, 30, 3) - spacing * labels.shape / 2, 2)
-        orientation = ORIENTATIONS[(seed + index) % len(ORIENTATIONS)]
-        entry = {part: f"{part}sTr/{kind}_{index:04d}.nii.gz" for part in ("image", "label")}
-        _save(image, affine, orientation, folder / entry["image"])
-        _save(labels, affine, orientation, folder / entry["label"])
-        training.append(entry)
-    names = {0: "background", **KINDS[kind].labels}
-    content = {
-        "name": f"synthetic {kind}",
-        "description": "Drawn by a program, for tests and demonstrations; holds no data of any patient",
-        "kind": kind,
-        "seed": seed,
-        "tensorImageSize": "4D" if len(KINDS[kind].modality) > 1 else "3D",
-        "modality": {str(number): name for number, name in enumerate(KINDS[kind].modality)},
-        "labels": {str(number): name for number, name in names.items()},
-        "numTraining": cases,
-        "numTest": 0,
-        "training": training,
-        "test": [],
-    }
-    with atomic_path(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        _write_case(folder, kind, index, seed)
+    if KINDS[kind].dataset_json:
+        _describe(folder, kind, seed, cases)
     print(f"{cases} {kind} cases in {folder}")

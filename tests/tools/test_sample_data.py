@@ -5,9 +5,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tools.sample_data import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS, ORIENTATIONS, sample_data
+from tools.sample_anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
+from tools.sample_data import KINDS, ORIENTATIONS, sample_data
 
-CT_CASES, BRAIN_CASES = len(ORIENTATIONS), 2
+CT_CASES, BRAIN_CASES, LIVER_CASES, HIPPOCAMPUS_CASES = len(ORIENTATIONS), 2, 2, 8
 ORGANS = {name: label for label, name in ABDOMEN_LABELS.items()}
 
 
@@ -50,9 +51,26 @@ def brain(tmp_path_factory):
     return folder, load_cases(folder)
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("ct_abdomen", 2), ("brain_mri", 1)])
-def test_same_bytes_whenever_and_however_many(kind, cases, abdomen, brain, tmp_path):
-    longer = digests((abdomen if kind == "ct_abdomen" else brain)[0])
+@pytest.fixture(scope="module")
+def liver(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("liver")
+    sample_data(str(folder), "liver", cases=LIVER_CASES)
+    return folder, load_cases(folder)
+
+
+@pytest.fixture(scope="module")
+def hippocampus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hippocampus")
+    sample_data(str(folder), "hippocampus", cases=HIPPOCAMPUS_CASES)
+    return folder, load_cases(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cases"), [("ct_abdomen", 2), ("brain_mri", 1), ("liver", 1), ("hippocampus", HIPPOCAMPUS_CASES - 1)]
+)
+def test_same_bytes_whenever_and_however_many(kind, cases, abdomen, brain, liver, hippocampus, tmp_path):
+    folders = {"ct_abdomen": abdomen, "brain_mri": brain, "liver": liver, "hippocampus": hippocampus}
+    longer = digests(folders[kind][0])
     sample_data(str(tmp_path), kind, cases=cases)
     shorter = digests(tmp_path)
     assert len(shorter) == 2 * cases  # images and labels
@@ -62,6 +80,11 @@ def test_same_bytes_whenever_and_however_many(kind, cases, abdomen, brain, tmp_p
 def test_another_seed_is_another_patient(abdomen, tmp_path):
     sample_data(str(tmp_path), "ct_abdomen", cases=1, seed=7)
     assert not set(digests(tmp_path).values()) & set(digests(abdomen[0]).values())
+
+
+def test_another_seed_is_another_hippocampus(hippocampus, tmp_path):
+    sample_data(str(tmp_path), "hippocampus", cases=1, seed=7)
+    assert not set(digests(tmp_path).values()) & set(digests(hippocampus[0]).values())
 
 
 def test_a_series_can_be_extended(tmp_path, capsys):
@@ -74,21 +97,26 @@ def test_a_series_can_be_extended(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "modality", "labels"),
-    [("ct_abdomen", ("CT",), ABDOMEN_LABELS), ("brain_mri", CHANNELS, BRAIN_LABELS)],
+    [
+        ("ct_abdomen", ("CT",), ABDOMEN_LABELS),
+        ("brain_mri", CHANNELS, BRAIN_LABELS),
+        ("liver", ("CT",), {1: "liver", 2: "cancer"}),
+        ("hippocampus", ("MRI",), {1: "Anterior", 2: "Posterior"}),
+    ],
 )
-def test_dataset_json(kind, modality, labels, abdomen, brain):
-    folder, cases = abdomen if kind == "ct_abdomen" else brain
+def test_dataset_json(kind, modality, labels, abdomen, brain, liver, hippocampus):
+    folder, cases = {"ct_abdomen": abdomen, "brain_mri": brain, "liver": liver, "hippocampus": hippocampus}[kind]
     content = json.loads((folder / "dataset.json").read_text())
     assert tuple(content["modality"].values()) == modality
     assert content["labels"] == {"0": "background"} | {str(label): name for label, name in labels.items()}
     assert content["numTraining"] == len(content["training"]) == len(cases)
     assert (content["kind"], content["seed"]) == (kind, 0)
-    assert content["training"][0]["image"] == f"imagesTr/{kind}_0000.nii.gz"
-    assert content["training"][0]["label"] == f"labelsTr/{kind}_0000.nii.gz"
+    first = {"liver": "liver_0", "hippocampus": "hippocampus_001"}.get(kind, f"{kind}_0000")
+    assert content["training"][0] == {"image": f"imagesTr/{first}.nii.gz", "label": f"labelsTr/{first}.nii.gz"}
 
 
-def test_image_and_label_share_geometry(abdomen, brain):
-    for image, label, _, _ in (*abdomen[1], *brain[1]):
+def test_image_and_label_share_geometry(abdomen, brain, liver, hippocampus):
+    for image, label, _, _ in (*abdomen[1], *brain[1], *liver[1], *hippocampus[1]):
         assert image.shape[:3] == label.shape
         np.testing.assert_array_equal(image.affine, label.affine)
 
@@ -225,10 +253,84 @@ def test_a_tumour_core_is_necrotic_inside_and_enhancing_outside(brain):
         assert reach == sorted(reach)
 
 
+def same_scan(path, other, channel=...):
+    """Whether a file holds what another holds, or one channel of it."""
+    scan, other = nib.load(path), nib.load(other)
+    voxels = np.asanyarray(other.dataobj)[..., channel] if channel is not ... else np.asanyarray(other.dataobj)
+    return np.array_equal(scan.affine, other.affine) and np.array_equal(scan.dataobj, voxels)
+
+
+def test_btcv_is_the_abdomen_under_the_names_of_btcv(abdomen, tmp_path):
+    sample_data(str(tmp_path), "btcv", cases=2)
+    assert sorted(path.as_posix() for path in digests(tmp_path)) == [
+        "imagesTr/img0001.nii.gz",
+        "imagesTr/img0002.nii.gz",
+        "labelsTr/label0001.nii.gz",
+        "labelsTr/label0002.nii.gz",
+    ]
+    assert not (tmp_path / "dataset.json").exists()
+    for number in (1, 2):
+        name = f"ct_abdomen_{number - 1:04d}.nii.gz"
+        assert same_scan(tmp_path / f"imagesTr/img{number:04d}.nii.gz", abdomen[0] / "imagesTr" / name)
+        assert same_scan(tmp_path / f"labelsTr/label{number:04d}.nii.gz", abdomen[0] / "labelsTr" / name)
+
+
+def test_brats_is_the_brain_with_a_file_for_each_channel(brain, tmp_path):
+    sample_data(str(tmp_path), "brats", cases=1)
+    stem = "BraTS20_Training_001/BraTS20_Training_001"
+    assert {path.as_posix() for path in digests(tmp_path)} == {
+        f"{stem}_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
+    }
+    assert not (tmp_path / "dataset.json").exists()
+    for channel, name in enumerate(CHANNELS):
+        image = brain[0] / "imagesTr/brain_mri_0000.nii.gz"
+        assert same_scan(tmp_path / f"{stem}_{name}.nii.gz", image, channel)
+    assert same_scan(tmp_path / f"{stem}_seg.nii.gz", brain[0] / "labelsTr/brain_mri_0000.nii.gz")
+
+
+def test_spleen_is_the_abdomen_with_one_label(abdomen, tmp_path):
+    sample_data(str(tmp_path), "spleen", cases=1)
+    (image, _, _, array), (other, _, _, organs) = *load_cases(tmp_path), abdomen[1][0]
+    assert sorted(path.name for path in digests(tmp_path)) == ["spleen_1.nii.gz"] * 2
+    assert same_scan(image.get_filename(), other.get_filename())
+    np.testing.assert_array_equal(array, organs == ORGANS["spleen"])
+    assert json.loads((tmp_path / "dataset.json").read_text())["labels"] == {"0": "background", "1": "spleen"}
+
+
+def test_liver_tumours_are_dark_and_lie_in_the_liver(liver, abdomen):
+    masks = []
+    for (_, label, image, array), (*_, organs) in zip(liver[1], abdomen[1], strict=False):
+        assert set(np.unique(array)) == {0, 1, 2}
+        np.testing.assert_array_equal(array > 0, organs == ORGANS["liver"])  # the same patient, who has tumours
+        assert 0.3 < volume(label, array, 2) < 150 < volume(label, array, 1)
+        assert np.median(image[array == 2]) < np.median(image[array == 1]) - 15
+        masks.append(nib.as_closest_canonical(nib.Nifti1Image((array == 2).astype(np.uint8), label.affine)))
+    centres = [nib.affines.apply_affine(mask.affine, np.argwhere(mask.get_fdata()).mean(0)) for mask in masks]
+    assert np.linalg.norm(centres[0] - centres[1]) > 5
+
+
+def test_hippocampus_crops(hippocampus):
+    for image, label, array, labels in hippocampus[1]:
+        assert array.dtype == np.int16
+        assert image.header.get_zooms() == (1, 1, 1)
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+        assert all(least <= n <= most for n, least, most in zip(array.shape, (31, 40, 24), (43, 59, 47), strict=True))
+        assert set(np.unique(labels)) == {0, 1, 2}
+        assert all(0.7 < volume(label, labels, number) < 3 for number in (1, 2))
+        anterior, posterior = (centroid(label, labels, number) for number in (1, 2))
+        assert anterior[1] > posterior[1] + 10 and anterior[2] < posterior[2]  # the tail lies behind and above
+        grey, median = np.median(array[labels > 0]), np.median(array)
+        assert 0.6 * median < grey < 0.95 * median  # grey matter, with white matter around and CSF beside it
+        assert array.std() > 0.25 * median
+    assert len({image.shape for image, *_ in hippocampus[1]}) == HIPPOCAMPUS_CASES
+    medians = [np.median(array) for _, _, array, _ in hippocampus[1]]
+    assert max(medians) > 3 * min(medians)  # scanner units
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "knee"}, "kind: got 'knee', expected one of ct_abdomen, brain_mri"),
+        ({"kind": "knee"}, "kind: got 'knee', expected one of ct_abdomen, brain_mri, btcv, brats"),
         ({"cases": 0}, "cases: got 0, expected a whole number of at least 1"),
         ({"cases": 1.5}, "cases: got 1.5"),
         ({"cases": True}, "cases: got True"),
@@ -259,3 +361,38 @@ def test_other_data_in_the_folder_is_not_mixed_with(content, tmp_path):
         sample_data(str(tmp_path), "ct_abdomen", cases=1)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
     assert (tmp_path / "dataset.json").read_text() == content
+
+
+def test_data_without_dataset_json_are_not_mixed_with(hippocampus, tmp_path):
+    """Neither synthetic cases of another kind or seed, nor a real data set, whose scans have the same names."""
+    folder, cases = hippocampus
+    (tmp_path / "imagesTr").mkdir()
+    scan = tmp_path / "imagesTr" / "img0001.nii.gz"
+    for content, found in (
+        ((folder / "imagesTr/hippocampus_001.nii.gz").read_bytes(), "hippocampus with seed 0"),
+        (nib.Nifti1Image(cases[0][2], np.eye(4)).to_bytes(), "unknown with seed unknown"),
+        (b"", "unknown with seed unknown"),
+    ):
+        scan.write_bytes(content)
+        for kind in ("btcv", "brats", "liver"):
+            with pytest.raises(ValueError, match=f"holds a data set of kind {found}, expected .* of kind {kind} "):
+                sample_data(str(tmp_path), kind, cases=1)
+        assert scan.read_bytes() == content
+
+
+def test_a_run_that_was_killed_can_be_repeated(hippocampus, tmp_path):
+    sample_data(str(tmp_path), "hippocampus", cases=2)
+    (tmp_path / "dataset.json").unlink()  # it is written last
+    half_a_file = tmp_path / "imagesTr" / ".1.hippocampus_003.nii.gz"
+    half_a_file.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"holds a data set of kind hippocampus with seed 0, expected .* with seed 1"):
+        sample_data(str(tmp_path), "hippocampus", cases=2, seed=1)
+    sample_data(str(tmp_path), "hippocampus", cases=3)
+    half_a_file.unlink()
+    assert len(digests(tmp_path)) == 6
+    assert digests(tmp_path).items() <= digests(hippocampus[0]).items()
+
+
+def test_every_kind_is_described():
+    """In the help text of the command."""
+    assert all(f"        {kind}: " in sample_data.__doc__ for kind in KINDS)
