@@ -1,10 +1,14 @@
-"""Shared by all tests: the bundle's scripts on the path, and where the real scans are."""
+"""Shared by all tests: their order, the real scans, and commands in processes of their own."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared/data"
@@ -13,12 +17,15 @@ SHARED_DATA = ROOT.parent / "shared/data"
 # tests that start processes or train
 SLOW = (
     "test_configs",
+    "test_seg_configs",
     "test_hybridmim",
     "test_learning",
     "test_bad_input",
     "test_commands",
     "test_distributed",
     "test_resume",
+    "test_seg_commands",
+    "test_seg_training",
 )
 
 
@@ -33,3 +40,36 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the real scans in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks are many times slower with several threads on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs a command in a process of its own: `command("-m", "monai.bundle", …)`, options as keywords."""
+
+    def run(*arguments, cwd=ROOT, check=True, **options):
+        line = [sys.executable, *map(str, arguments)]
+        for name, value in options.items():
+            line += [f"--{name}", str(value)]
+        done = subprocess.run(
+            line,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, f"{' '.join(line)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

@@ -105,3 +105,12 @@ class Above:
         """Image of any shape → bool of the same shape."""
         chosen = image > self.threshold
         return chosen if chosen.any() else torch.ones_like(chosen)
+
+
+class Nonzero:
+    """Voxels that are not 0 in any channel, for `CropForegroundd`; all voxels if none is."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Image of any shape → bool of the same shape."""
+        chosen = image != 0
+        return chosen if chosen.any() else torch.ones_like(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,10 @@ from tools.files import atomic_path
 Terms = Callable[[Any], Mapping[str, Tensor]]
 
 
-def loss_terms(output: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The entries `loss` and `loss_…` of an engine's output."""
-    return {name: value.detach() for name, value in output[0].items() if name.startswith("loss")}
+def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The entries `loss` and `loss_…` of an engine's output, decollated or not."""
+    output = output if isinstance(output, Mapping) else output[0]
+    return {name: value.detach() for name, value in output.items() if name.startswith("loss")}
 
 
 class ProgressBar:
@@ -200,6 +202,52 @@ class SeedEpochs:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue the run of that seed, whatever the config says."""
         self.seed = state["seed"]
+
+
+class BestWeights:
+    """Keeps the weights of the best validation, as bare state dicts.
+
+    The best value so far belongs to the training checkpoints, so that a resumed run does not replace a better model.
+
+    Args:
+        weights: file name → module whose weights it holds.
+        ckpt_dir: folder to write to.
+        metric: of the validator, that decides.
+        lower_is_better: as a loss.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Module], ckpt_dir: str | Path, metric: str, lower_is_better: bool = False
+    ) -> None:
+        self.weights = weights
+        self.ckpt_dir = Path(ckpt_dir)
+        self.metric = metric
+        self.sign = -1 if lower_is_better else 1
+        self.best = -math.inf  # higher is better
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the validator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, validator: Engine) -> None:
+        """Compare, and write if better (rank 0 only)."""
+        value = self.sign * validator.state.metrics[self.metric]
+        if not value > self.best:
+            return
+        self.best = value
+        if idist.get_rank() > 0:
+            return
+        for name, module in self.weights.items():
+            with atomic_path(self.ckpt_dir / name) as temporary:
+                torch.save(module.state_dict(), temporary)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint needs."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from there."""
+        self.best = state["best"]
 
 
 class GradientClipping:

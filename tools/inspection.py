@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import itk
@@ -31,15 +32,19 @@ import torch
 from monai.data import affine_to_spacing
 from monai.transforms import LoadImage
 from nibabel.openers import ImageOpener
+from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from tools.files import atomic_path
-from tools.scans import is_dicom, paths_of
+from tools.scans import files_of, is_dicom, paths_of
 
 logger = logging.getLogger(__name__)
 
-REMEMBER_FORMAT = 1  # raise it when a check is added, so that remembered scans are looked at again
+REMEMBER_FORMAT = 2  # raise it when a check is added, so that remembered scans are looked at again
 SAVE_EVERY = 60.0  # seconds between two savings while thousands of scans are read
+# How far a label's corner may lie from the image's. Rounding in headers (spacing of four digits, quaternions in
+# single precision) reaches a tenth of a voxel over 512; the smallest real mistake, of the origin, is half a voxel.
+LABEL_OFFSET = 0.25  # voxels
 UNCOMPRESSED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1")  # DICOM transfer syntaxes, little endian
 
 
@@ -59,6 +64,7 @@ class Scan:
         low: lowest intensity, in the unit of the file (HU for CT).
         high: highest intensity.
         problem: why it cannot be trained on, in one sentence, and then all numbers are zero; None if it can.
+        labels: values in its label file, 0 among them, sorted; empty if it has no label.
     """
 
     image: str | list[str]
@@ -68,6 +74,7 @@ class Scan:
     low: float
     high: float
     problem: str | None
+    labels: tuple[int, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------ looking at a scan
@@ -83,6 +90,7 @@ class _File:
     affine: np.ndarray
     low: float
     high: float
+    labels: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         shape = self.shape if self.channels == 1 else (*self.shape, self.channels)
@@ -93,23 +101,25 @@ class _File:
         return tuple(affine_to_spacing(self.affine, r=3).tolist())
 
 
-def inspect_scan(item: dict, channels: int) -> Scan:
-    """Read a whole scan as training will, and say what it is.
+def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None = None) -> Scan:
+    """Read a whole scan, and its label if it has one, as training will, and say what it is.
 
     While it reads, what libraries print to stderr is held back from the whole process: call it from several
     processes rather than from several threads.
 
     Args:
-        item: `{"image": path}`, or a list of paths, one for each channel.
+        item: `{"image": path}`, or a list of paths, one for each channel; `"label": path` beside it.
         channels: number of channels that the network takes.
+        label_values: values that a label may hold beside 0; None for any whole numbers.
 
     Returns:
         The scan. Bad data do not raise: `Scan.problem` says what was found and what was expected.
     """
     paths = paths_of(item)
     try:
-        files = [_read_file(paths[0])] if len(paths) == 1 else _read_channels(paths)
+        files = [_read_file(paths[0], _measure_image)] if len(paths) == 1 else _read_channels(paths)
         _check_channels(files, channels)
+        labels = _read_label(str(item["label"]), files[0], label_values).labels if "label" in item else ()
     except _Unfit as reason:
         return _unfit_scan(item, str(reason))
     return Scan(
@@ -120,6 +130,7 @@ def inspect_scan(item: dict, channels: int) -> Scan:
         low=min(file.low for file in files),
         high=max(file.high for file in files),
         problem=None,
+        labels=labels,
     )
 
 
@@ -137,7 +148,7 @@ def _read_channels(paths: list[str]) -> list[_File]:
     for path in paths:
         name = Path(path).name
         try:
-            file = _read_file(path)
+            file = _read_file(path, _measure_image)
         except _Unfit as reason:
             raise _Unfit(f"its channel file {name} {reason}") from reason
         if file.channels != 1:
@@ -162,7 +173,56 @@ def _check_channels(files: list[_File], channels: int) -> None:
         )
 
 
-def _read_file(path: str) -> _File:
+def _read_label(path: str, image: _File, label_values: Sequence[int] | None) -> _File:
+    """Read a label file, which must lie where the image does and hold nothing but label values."""
+    try:
+        file = _read_file(path, partial(_measure_label, label_values=label_values))
+        _check_place(file, image)
+    except _Unfit as reason:
+        raise _Unfit(f"its label {path} {reason}") from reason
+    return file
+
+
+def _check_place(label: _File, image: _File) -> None:
+    """Refuse a label of another grid than the image's: evaluation compares voxel by voxel."""
+    axes = tuple("".join(nib.aff2axcodes(file.affine)) for file in (label, image))
+    turn = ornt_transform(io_orientation(label.affine), io_orientation(image.affine))
+    turned = replace(
+        label,
+        shape=tuple(np.take(label.shape, np.argsort(turn[:, 0]))),
+        affine=label.affine @ inv_ornt_aff(turn, label.shape),
+    )
+    if axes[0] != axes[1] and turned.shape == image.shape and _offset(turned, image) <= LABEL_OFFSET:
+        raise _Unfit(
+            f"has another orientation: found {axes[0]}, expected {axes[1]} as the image (only the axes differ)"
+        )
+    if label.shape != image.shape:
+        raise _Unfit(f"has the shape {_times(label.shape)}, expected {_times(image.shape)} as the image")
+    offset = _offset(label, image)
+    if offset > LABEL_OFFSET:
+        found, expected = (
+            f"{axcodes}, spacing {_by(file.spacing)} mm, origin {_by(file.affine[:3, 3])} mm"
+            for axcodes, file in zip(axes, (label, image), strict=True)
+        )
+        raise _Unfit(
+            f"lies elsewhere in space, by up to {offset:.3g} voxels: found {found}, expected {expected} as the image"
+        )
+
+
+def _offset(label: _File, image: _File) -> float:
+    """Largest distance between the same corners of two volumes of one shape, in voxels of the image."""
+    last = np.array(image.shape) - 1
+    corners = np.array([(*(last * corner), 1) for corner in np.ndindex(2, 2, 2)])
+    apart = np.linalg.solve(image.affine, (label.affine - image.affine) @ corners.T)
+    return float(np.abs(apart[:3]).max())
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)
+
+
+def _read_file(path: str, measure: Callable[[str, np.ndarray, np.ndarray], _File]) -> _File:
+    """Read a file whole; `measure` describes its array [channels, *spatial] and affine."""
     with _held_back() as printed:
         try:
             _check_bytes(Path(path))
@@ -171,7 +231,7 @@ def _read_file(path: str) -> _File:
             elif path.lower().endswith((".nii", ".nii.gz")):
                 _check_nifti(path)
             volume = _loader()(path)
-            file = _measure(path, volume.array, np.asarray(volume.affine, dtype=float))
+            file = measure(path, volume.array, np.asarray(volume.affine, dtype=float))
         except _Unfit:
             raise
         except Exception as error:
@@ -253,24 +313,70 @@ def _check_affine(affine: np.ndarray) -> None:
         raise _Unfit(f"has a degenerate affine matrix: found the rows {rows}, expected three axes with a spacing > 0")
 
 
-def _measure(path: str, array: np.ndarray, affine: np.ndarray) -> _File:
-    """Describe an array [channels, *spatial]; refuse what cannot be trained on."""
+def _check_axes(array: np.ndarray) -> None:
     channels, *shape = array.shape
     if len(shape) != 3:
         axes = shape if channels == 1 else [*shape, channels]
         raise _Unfit(f"is {len(axes)}D: found the shape {_times(axes)}, expected three axes in space")
     if 1 in shape:
         raise _Unfit(f"is 2D: found a single slice (shape {_times(shape)}), expected a volume")
-    _check_affine(affine)
-    low, high = np.array([(channel.min(), channel.max()) for channel in array]).T
-    if not np.isfinite(low).all() or not np.isfinite(high).all():
+
+
+def _check_finite(array: np.ndarray) -> None:
+    if not np.isfinite(array.min()) or not np.isfinite(array.max()):
         bad = array.size - np.isfinite(array).sum()
         raise _Unfit(f"has {bad} NaN or infinite values among {array.size} voxels, expected finite values")
+
+
+def _measure_image(path: str, array: np.ndarray, affine: np.ndarray) -> _File:
+    """Describe an image [channels, *spatial]; refuse what cannot be trained on."""
+    _check_axes(array)
+    _check_affine(affine)
+    _check_finite(array)
+    channels, *shape = array.shape
+    low, high = np.array([(channel.min(), channel.max()) for channel in array]).T
     if (low == high).any():
         channel = int((low == high).argmax())
         what = f"channel {channel} (counted from 0)" if channels > 1 else "every voxel"
         raise _Unfit(f"is constant: {what} has the value {low[channel]:g}, expected an image")
     return _File(path, channels, tuple(shape), affine, float(low.min()), float(high.max()))
+
+
+def _measure_label(path: str, array: np.ndarray, affine: np.ndarray, label_values: Sequence[int] | None) -> _File:
+    """Describe a label map [1, *spatial]; refuse what no class can be made of. One value everywhere is no mistake."""
+    _check_axes(array)
+    _check_affine(affine)
+    _check_finite(array)
+    channels, *shape = array.shape
+    if channels != 1:
+        raise _Unfit(f"has {channels} channels (shape {_times([*shape, channels])}), expected one label map")
+    fractions = array[0][array[0] != np.rint(array[0])]
+    if fractions.size:
+        raise _Unfit(f"has {fractions.size} voxels of no whole number (first: {fractions[0]:g}), expected label values")
+    voxels = _count_values(array[0])
+    strange = set() if label_values is None else voxels.keys() - {0, *label_values}
+    if strange:
+        values = ", ".join(map(str, sorted({0, *label_values})))
+        raise _Unfit(f"has values of no class: found {_value_text(strange, voxels)}, expected {values}")
+    labels = tuple(sorted(voxels))
+    return _File(path, channels, tuple(shape), affine, min(labels), max(labels), labels)
+
+
+def _count_values(array: np.ndarray) -> Counter[int]:
+    """Voxels of each value; most are 0, and sorting the others alone is many times faster."""
+    voxels: Counter[int] = Counter()
+    for plane in array:
+        values, counts = np.unique(plane[plane != 0], return_counts=True)
+        voxels.update(dict(zip(values.astype(int).tolist(), counts.tolist(), strict=True)))
+        voxels[0] += plane.size - int(counts.sum())
+    return +voxels  # without those that have no voxel
+
+
+def _value_text(values: Collection[int], voxels: Mapping[int, int]) -> str:
+    """Name the values that have the most voxels."""
+    first = sorted(values, key=lambda value: (-voxels[value], value))[:5]
+    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+    return ", ".join(f"{value} ({voxels[value]} voxels)" for value in first) + more
 
 
 def _times(shape: tuple[int, ...] | list[int]) -> str:
@@ -410,25 +516,34 @@ def _pixel_bytes(path: Path, enough: int) -> int:
 # -------------------------------------------------------------------------------------- looking at all scans
 
 
-def inspect_scans(items: list[dict], channels: int, workers: int = 0, remember: Path | None = None) -> list[Scan]:
-    """Inspect many scans.
+def inspect_scans(
+    items: list[dict],
+    channels: int,
+    workers: int = 0,
+    remember: Path | None = None,
+    label_values: Sequence[int] | None = None,
+) -> list[Scan]:
+    """Inspect many scans, and the labels of those that have one.
 
     Args:
-        items: as from `find_scans` or `read_datalist`.
+        items: as from `find_scans`, `read_datalist` or `find_cases`.
         channels: number of channels that the network takes.
         workers: processes that read; 0 reads in this one.
         remember: JSON file that keeps readable scans, so that unchanged files are not read a second time.
             Several processes may share it. If it cannot be read or written, that is only logged.
+        label_values: values that a label may hold beside 0; None for any whole numbers.
 
     Returns:
         One `Scan` for each item, in their order.
     """
     remembered = _recall(remember)
-    keys = [f"{scan_key(item)} {channels} {REMEMBER_FORMAT}" for item in items]
+    values = None if label_values is None else sorted(label_values)
+    keys = [f"{scan_key(item)} {channels} {values if 'label' in item else None} {REMEMBER_FORMAT}" for item in items]
     unread = [n for n, key in enumerate(keys) if key not in remembered]
     scans = [remembered.get(key) for key in keys]
     pending = [items[n] for n in unread]
-    results = _in_processes(pending, channels, workers) if workers else (inspect_scan(i, channels) for i in pending)
+    inspect = partial(inspect_scan, channels=channels, label_values=label_values)
+    results = _in_processes(inspect, pending, workers) if workers else map(inspect, pending)
     fresh: dict[str, Scan] = {}
     saved = time.monotonic()
     try:
@@ -445,32 +560,32 @@ def inspect_scans(items: list[dict], channels: int, workers: int = 0, remember: 
     return scans
 
 
-def _in_processes(items: list[dict], channels: int, workers: int) -> Iterator[Scan]:
+def _in_processes(inspect: Callable[[dict], Scan], items: list[dict], workers: int) -> Iterator[Scan]:
     with ProcessPoolExecutor(min(workers, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(inspect_scan, item, channels) for item in items]
+        futures = [pool.submit(inspect, item) for item in items]
         try:
             for item, future in zip(items, futures, strict=True):
                 try:
                     yield future.result()
                 except BrokenProcessPool:
-                    yield _alone(item, channels)
+                    yield _alone(inspect, item)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _alone(item: dict, channels: int) -> Scan:
+def _alone(inspect: Callable[[dict], Scan], item: dict) -> Scan:
     """Read a scan in a process of its own, so that a crash of the reader is put down to the right scan."""
     with ProcessPoolExecutor(1) as pool:
         try:
-            return pool.submit(inspect_scan, item, channels).result()
+            return pool.submit(inspect, item).result()
         except BrokenProcessPool:
             return _unfit_scan(item, "kills the process that reads it (a crash of the reader, or memory ran out)")
 
 
 def scan_key(item: dict) -> str:
-    """Name a scan by its path, and the size and time of every file that belongs to it."""
+    """Name a scan by its path, and the size and time of every file that belongs to it, its label among them."""
     lines = []
-    for path in map(Path, paths_of(item)):
+    for path in map(Path, files_of(item)):
         try:
             files = sorted(path.iterdir()) if path.is_dir() else [path, raw_file(path) or path]
             states = [(file, file.stat()) for file in files]
@@ -492,7 +607,7 @@ def _recall(remember: Path | None) -> dict[str, Scan]:
 
 
 def _from_json(scan: dict) -> Scan:
-    return Scan(**{**scan, "shape": tuple(scan["shape"]), "spacing": tuple(scan["spacing"])})
+    return Scan(**scan | {name: tuple(scan[name]) for name in ("shape", "spacing", "labels")})
 
 
 def _save(remember: Path | None, fresh: dict[str, Scan]) -> None:

@@ -38,13 +38,17 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
     Raises:
         ScanError: there is no such folder, or no scan in it.
     """
-    root = Path(dataset_dir)
-    if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
-        raise ScanError(f"dataset_dir: {root} {found}, expected a folder of scans")
+    scans = scan_paths(dataset_dir)
+    _warn_of_labels(scans, Path(dataset_dir))
+    return [{"image": path} for path in scans]
+
+
+def scan_paths(dataset_dir: str | Path) -> list[str]:
+    """Do as `find_scans`, without a word about labels among the scans; return the sorted paths."""
+    root = require_folder(dataset_dir)
     scans: list[str] = []
     others = 0
-    for folder, names in _walk(root):
+    for folder, names in walk(root):
         rest = [name for name in names if not name.lower().endswith(EXTENSIONS)]
         scans += [str(folder / name) for name in names if name.lower().endswith(EXTENSIONS)]
         if any(is_dicom(folder, name) for name in rest):
@@ -56,11 +60,23 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
             f"dataset_dir: found no scan in {root} but {others} other files, expected files that end in "
             f"{', '.join(EXTENSIONS)} or folders that hold a DICOM series"
         )
-    _warn_of_labels(scans, root)
-    return [{"image": path} for path in sorted(scans)]
+    return sorted(scans)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def require_folder(dataset_dir: str | Path) -> Path:
+    """Return the folder of a data set.
+
+    Raises:
+        ScanError: there is none.
+    """
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise ScanError(f"dataset_dir: {root} {found}, expected a folder of scans")
+    return root
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield every folder that is not hidden with the names of its files; follows links, each folder once."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=lambda e: logger.warning("%s", e)):
@@ -89,8 +105,8 @@ def _warn_of_labels(scans: list[str], root: Path) -> None:
     labels = [path for path in scans if pattern.search(path[len(str(root)) :])]
     if labels:
         logger.warning(
-            "%d of the %d scans found in %s look like labels by their names (first: %s): training would take "
-            "them for scans. Give the folder that holds images only, or a datalist.",
+            "%d of the %d scans found in %s look like labels by their names (first: %s), but they are taken for "
+            "scans. Give the folder that holds images only, or a datalist.",
             len(labels),
             len(scans),
             root,
@@ -98,38 +114,56 @@ def _warn_of_labels(scans: list[str], root: Path) -> None:
         )
 
 
+def stem_of(path: str | Path) -> str:
+    """Name of a scan's file without its extension, or name of a DICOM folder."""
+    name = Path(path).name
+    extension = next((extension for extension in EXTENSIONS if name.lower().endswith(extension)), "")
+    return name[: len(name) - len(extension)]
+
+
+def contents_text(folder: Path) -> str:
+    """Name the first files and folders of a folder."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
+
+
 # ----------------------------------------------------------------------------------------- reading data lists
 
 
-def read_datalist(datalist: str | Path, dataset_dir: str | Path | None, section: str) -> list[dict]:
-    """Read one section of a Decathlon-style JSON file, and see that the images exist.
+def read_datalist(
+    datalist: str | Path, dataset_dir: str | Path | None, section: str, labels: bool = False
+) -> list[dict]:
+    """Read one section of a Decathlon-style JSON file, and see that its files exist.
 
     Args:
         datalist: the JSON file. Entries are paths, or objects whose `image` is a path or a list of paths
-            (one for each channel); other keys of an entry are left out.
+            (one for each channel), and whose `label` is a path; other keys of an entry are left out.
         dataset_dir: folder that relative paths start from; None for the folder of the datalist.
         section: `training`, `validation` or `test`.
+        labels: keep the labels of the entries that have one.
 
     Returns:
-        One `{"image": path or list of paths}` for each entry, in the order of the file; an empty list if the
-        section is missing and is not `training`.
+        One `{"image": path or list of paths}`, with `labels` also `"label": path`, for each entry, in the order of
+        the file; an empty list if the section is missing and is not `training`.
 
     Raises:
-        ScanError: no such file, not JSON, an entry of another form, no training entry, or missing images.
+        ScanError: no such file, not JSON, an entry of another form, no training entry, or missing files.
     """
-    items = datalist_items(datalist, dataset_dir, section)
-    missing = [path for item in items for path in paths_of(item) if not Path(path).exists()]
+    items = datalist_items(datalist, dataset_dir, section, labels)
+    missing = [path for item in items for path in files_of(item) if not Path(path).exists()]
     if missing:
         first = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ScanError(
-            f"{datalist}: {section!r}: {len(missing)} image files do not exist: {first}; "
-            f"expected them below {_base(datalist, dataset_dir)}"
+            f"{datalist}: {section!r}: {len(missing)} {'image or label' if labels else 'image'} files do not exist: "
+            f"{first}; expected them below {_base(datalist, dataset_dir)}"
         )
     return items
 
 
-def datalist_items(datalist: str | Path, dataset_dir: str | Path | None, section: str) -> list[dict]:
-    """Do as `read_datalist`, but take images that do not exist, too."""
+def datalist_items(
+    datalist: str | Path, dataset_dir: str | Path | None, section: str, labels: bool = False
+) -> list[dict]:
+    """Do as `read_datalist`, but take files that do not exist, too."""
     content = load_datalist(datalist)
     if section not in content:
         if section == "training":
@@ -140,10 +174,13 @@ def datalist_items(datalist: str | Path, dataset_dir: str | Path | None, section
         found = "an empty list" if entries == [] else type(entries).__name__
         raise ScanError(f"{datalist}: {section!r}: found {found}, expected a list of entries")
     base = _base(datalist, dataset_dir)
-    return [
-        {"image": _entry_image(entry, base, f"{datalist}: {section!r}, entry {number} (counted from 0)")}
-        for number, entry in enumerate(entries)
-    ]
+    items = []
+    for number, entry in enumerate(entries):
+        where = f"{datalist}: {section!r}, entry {number} (counted from 0)"
+        items.append({"image": _entry_image(entry, base, where)})
+        if labels and isinstance(entry, dict) and entry.get("label") is not None:
+            items[-1]["label"] = _entry_label(entry["label"], base, where)
+    return items
 
 
 def load_datalist(datalist: str | Path) -> dict:
@@ -183,15 +220,39 @@ def _entry_image(entry: object, base: Path, where: str) -> str | list[str]:
     raise ScanError(f"{where}: found the image {image!r}, expected a path or a list of paths")
 
 
+def _entry_label(label: object, base: Path, where: str) -> str:
+    if isinstance(label, str) and label:
+        return str(base / label)
+    raise ScanError(f"{where}: found the label {label!r}, expected a path")
+
+
 def paths_of(item: dict) -> list[str]:
-    """Files of an item: one, or one for each channel."""
+    """Image files of an item: one, or one for each channel."""
     image = item["image"]
     return [str(path) for path in image] if isinstance(image, list | tuple) else [str(image)]
+
+
+def files_of(item: dict) -> list[str]:
+    """Image files of an item, and its label if it has one."""
+    return paths_of(item) + ([str(item["label"])] if "label" in item else [])
 
 
 def root_of(items: list[dict]) -> str:
     """The deepest folder that holds all scans."""
     return os.path.commonpath([Path(path).absolute().parent for item in items for path in paths_of(item)])
+
+
+def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
+    """Folder below which results keep the folders of the scans, found without looking for scans.
+
+    That is `dataset_dir` (or the folder around it, if it is a DICOM series itself); with a data list, whose paths may
+    lead anywhere, the deepest folder that holds all its `test` scans.
+    """
+    if datalist:
+        return root_of(datalist_items(datalist, dataset_dir, "test"))
+    folder = Path(dataset_dir)
+    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
+    return str(folder.parent if series else folder)
 
 
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -79,36 +79,62 @@ def _usable(
     return usable, [scan for scan in scans if scan.problem is not None]
 
 
-def _inspect(items: Sequence[dict[str, Any]], channels: int, workers: int, remember: str) -> list[Scan]:
+def _inspect(
+    items: Sequence[dict[str, Any]],
+    channels: int,
+    workers: int,
+    remember: str,
+    label_values: Sequence[int] | None = None,
+) -> list[Scan]:
     with idist.one_rank_first():  # the others find its results remembered
-        return inspect_scans(items, channels, workers, Path(remember))
+        return inspect_scans(items, channels, workers, Path(remember), label_values)
 
 
-def require_usable(items: Sequence[dict[str, Any]], channels: int, workers: int, remember: str) -> list[Scan]:
+def require_usable(
+    items: Sequence[dict[str, Any]],
+    channels: int,
+    workers: int,
+    remember: str,
+    label_values: Sequence[int] | None = None,
+) -> list[Scan]:
     """What is known of the scans, all of which can be used.
+
+    Args:
+        items: scans, with or without `label`.
+        channels: that each scan must have.
+        workers: that read scans.
+        remember: file with what earlier starts found, so that unchanged scans are not read again.
+        label_values: values that a label may hold beside 0; None: labels are not looked at.
 
     Raises:
         ScanError: naming the unusable scans, each with its reason.
     """
     if not items:
         raise ScanError("found no scan to work on, expected at least one in dataset_dir, or in the datalist's section")
-    scans = _inspect(items, channels, workers, remember)
+    items = [{"image": item["image"]} for item in items] if label_values is None else items
+    scans = _inspect(items, channels, workers, remember, label_values)
     bad = [scan for scan in scans if scan.problem is not None]
     if bad:
         listed = "\n".join(f"  {_name(scan)}: {scan.problem}" for scan in bad[:10])
         more = f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ScanError(
-            f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n"
+        way_out = (
             "`python -m tools check` lists all and writes a data list without them; "
             "`--skip_unreadable true` trains without them"
+            if label_values is None
+            else "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
         )
+        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n{way_out}")
     return scans
 
 
 def require_cache_room(
-    scans: Sequence[Scan], cache: str, cache_dir: str | Path, spacing: Sequence[float] | None = None
+    scans: Sequence[Scan],
+    cache: str,
+    cache_dir: str | Path,
+    spacing: Sequence[float] | None = None,
+    labels: bool = False,
 ) -> int:
-    """Bytes that the cached scans will take, as 32-bit floats.
+    """Bytes that the cached scans will take, as 32-bit floats, and their labels, as bytes, if they have any.
 
     An upper estimate: cropping to the foreground makes most scans smaller, padding makes small ones larger.
 
@@ -116,7 +142,7 @@ def require_cache_room(
         OSError: the disk of `cache_dir` (cache: disk) or the memory of this machine (cache: memory) is too small.
         ValueError: `cache` is none of the known words.
     """
-    need = sum(4 * scan.channels * prod(scan.shape) * _resampling(scan, spacing) for scan in scans)
+    need = sum((4 * scan.channels + labels) * prod(scan.shape) * _resampling(scan, spacing) for scan in scans)
     folder = Path(cache_dir).absolute()
     if cache == "disk":
         folder.mkdir(parents=True, exist_ok=True)

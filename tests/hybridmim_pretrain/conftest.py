@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,15 +10,6 @@ import torch
 from monai.bundle import ConfigParser, create_workflow
 
 from .bundle import BUNDLE, ROOT, blobs, config_files, hounsfield, places, save_nifti
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny networks are many times slower with several threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -40,30 +29,6 @@ def mr_scans(tmp_path_factory):
         array = (blobs(10 + i, (50, 60 - i, 48), channels=2) * 30 + 100) * 5**i
         save_nifti(folder / f"mr_{i}.nii.gz", array.astype(np.float32))
     return folder
-
-
-@pytest.fixture(scope="session")
-def command():
-    """Runs a command in a process of its own: `command("-m", "monai.bundle", …)`, options as keywords."""
-
-    def run(*arguments, cwd=ROOT, check=True, **options):
-        line = [sys.executable, *map(str, arguments)]
-        for name, value in options.items():
-            line += [f"--{name}", str(value)]
-        done = subprocess.run(
-            line,
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        if check:
-            assert done.returncode == 0, f"{' '.join(line)}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from tools.config import truth
-
-
-def amp_dtype() -> torch.dtype:
-    """Type of mixed precision: bfloat16 where the GPU has it, else float16."""
-    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if supported else torch.float16
+from tools.amp import amp_dtype, use_amp
 
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +35,7 @@ class PretrainTrainer(SupervisedTrainer):
 
     def __init__(self, device: str | torch.device, *args: Any, amp: bool = False, **kwargs: Any) -> None:
         device = torch.device(device)
-        amp = truth(amp) and device.type == "cuda"
+        amp = use_amp(amp, device)
         super().__init__(device, *args, amp=amp, decollate=False, optim_set_to_none=True, **kwargs)
         # MONAI makes its own anew in every `run`, which could not be restored before training
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp and amp_dtype() == torch.float16)
@@ -78,7 +72,7 @@ class PretrainEvaluator(SupervisedEvaluator):
         self, device: str | torch.device, *args: Any, loss_function: Any, amp: bool = False, **kwargs: Any
     ) -> None:
         device = torch.device(device)
-        super().__init__(device, *args, amp=truth(amp) and device.type == "cuda", decollate=False, **kwargs)
+        super().__init__(device, *args, amp=use_amp(amp, device), decollate=False, **kwargs)
         self.loss_function = loss_function
 
     def _iteration(self, engine: PretrainEvaluator, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:

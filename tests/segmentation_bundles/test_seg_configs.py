@@ -1,0 +1,178 @@
+"""The configs of the five bundles: the same where they can be, keys and metadata as their clients expect them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import jsonschema
+import pytest
+import torch
+from monai.networks.nets import BasicUNet, SwinUNETR
+
+from tools.segmentation import label_values, own_values
+
+from .bundles import CONFIGS, NAMES, ROOT, bundle, places, read
+
+OVERLAYS = ("swin_unetr", "small")
+ORDERS = [order for n in range(3) for order in itertools.permutations(OVERLAYS, n)]
+EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
+
+# what a data set decides; everything else is the same in all five bundles, word for word
+OWN_KEYS = {
+    "train": {
+        *("layout", "modalities", "in_channels", "classes", "fold", "activation", "network_def", "loss"),
+        *("epochs", "batch_size", "crops_per_volume", "cache", "learning_rate", "roi_size"),
+        *("spacing", "percentiles", "window", "foreground", "intensity"),
+        *("flip_probability", "noise"),
+    },
+    "inference": {
+        *("modalities", "in_channels", "classes", "activation", "network_def", "roi_size"),
+        *("spacing", "percentiles", "window", "foreground", "intensity"),
+    },
+    "evaluate": {"surface_tolerance", "empty"},
+    "small": {"spacing", "roi_size", "learning_rate"},
+    "swin_unetr": {"roi_size", "network_def"},
+    "multi_gpu_train": set(),
+    "flips": {"flip_axes"},
+}
+
+# the contract with clients, documentation and other bundles: do not rename
+TRAIN_KEYS = {
+    *("bundle_root", "dataset_dir", "datalist", "label_fraction", "pretrained", "output_dir", "ckpt_dir"),
+    *("device", "amp", "seed", "epochs", "batch_size", "roi_size", "learning_rate", "val_interval"),
+    *("num_workers", "cache", "resume", "network_def", "network", "train", "validate"),
+    *("initialize", "training", "run"),
+}
+INFERENCE_KEYS = {
+    *("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_path", "device", "amp", "roi_size"),
+    *("overlap", "sw_batch_size", "num_workers", "network_def", "network", "preprocessing", "dataset"),
+    *("dataloader", "inferer", "postprocessing", "handlers", "evaluator", "initialize", "inferring", "run"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@EVERY_BUNDLE
+def test_what_bundles_share_is_the_same_in_all(name, config):
+    own = OWN_KEYS[config]
+    reference, found = read("hippocampus", config), read(name, config)
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in reference.items() if k not in own}
+
+
+@EVERY_BUNDLE
+def test_logging_and_licence_are_the_same_in_all(name):
+    for file in ("configs/logging.conf", "LICENSE"):
+        assert (ROOT / bundle(name) / file).read_text() == (ROOT / bundle("hippocampus") / file).read_text()
+
+
+@EVERY_BUNDLE
+def test_training_evaluation_and_inference_see_the_same_image(name, parse):
+    """Evaluation's and inference's steps for the image are those of training, in their order."""
+
+    def for_image(transforms):
+        steps = []
+        for step in transforms:
+            keys = step.get("keys") if isinstance(step, dict) else None
+            if step == "@intensity":
+                steps.append(step)
+            elif keys is not None and "image" in keys and step["_target_"] not in ("SelectItemsd", "EnsureTyped"):
+                mode = {"mode": "bilinear"} if step["_target_"] == "Spacingd" else {}
+                steps.append({**step, "keys": "image", **mode})
+        return steps
+
+    training = for_image(read(name, "train")["load"])
+    assert for_image(read(name, "evaluate")["validate#preprocessing"]["transforms"]) == training
+    assert for_image(read(name, "inference")["preprocessing"]["transforms"]) == training
+    train, inference = read(name, "train"), read(name, "inference")
+    shared = (OWN_KEYS["inference"] | {"stride", "unet_features", "swin_feature_size", "device"}) & train.keys()
+    assert {k: inference.get(k) for k in shared} == {k: train[k] for k in shared}
+
+
+@pytest.mark.parametrize("overlays", ORDERS, ids="+".join)
+@EVERY_BUNDLE
+def test_overlays_combine_in_any_order(name, overlays, parse):
+    train, inference = (parse(name, [config, *overlays]) for config in ("train", "inference"))
+    network = train.get_parsed_content("network_def")
+    assert type(network) is (SwinUNETR if "swin_unetr" in overlays else BasicUNet)
+    inference.get_parsed_content("network_def").load_state_dict(network.state_dict())
+    roi, stride = train.get_parsed_content("roi_size"), train.get_parsed_content("stride")
+    assert all(side % stride == 0 and side >= 2 * stride for side in roi)
+    assert inference.get_parsed_content("roi_size") == roi
+    assert inference.get_parsed_content("spacing") == train.get_parsed_content("spacing")
+
+
+@EVERY_BUNDLE
+def test_networks_fit_what_pre_training_makes(name, parse):
+    """Small and full sizes are those of the pre-training bundle."""
+    import yaml
+
+    pretrain = {
+        c: yaml.safe_load((ROOT / f"bundles/hybridmim_pretrain/configs/{c}.yaml").read_text())
+        for c in ("train", "small")
+    }
+    for config in ("train", "small"):
+        for key in ("unet_features", "swin_feature_size"):
+            assert read(name, config)[key] == pretrain[config][key]
+
+
+@EVERY_BUNDLE
+def test_keys_of_the_contract(name):
+    assert read(name, "train").keys() >= TRAIN_KEYS
+    assert read(name, "inference").keys() >= INFERENCE_KEYS
+
+
+@EVERY_BUNDLE
+def test_overlays_set_keys_that_exist(name):
+    train, evaluate, inference = (read(name, config) for config in ("train", "evaluate", "inference"))
+    for config in ("swin_unetr", "small"):
+        assert read(name, config).keys() <= train.keys()
+    assert {"inferer"} == set(read(name, "flips")) - {"flip_axes"}
+    assert "inferer" in inference and "inferer" in evaluate
+    assert set(read(name, "multi_gpu_train")) - train.keys() == {"finalize"}
+
+
+@EVERY_BUNDLE
+@pytest.mark.parametrize("kind", ["train", "train+evaluate", "inference"])
+def test_monai_finds_all_its_properties(name, kind, workflow, samples, tmp_path):
+    configs = {"train": ["train"], "train+evaluate": ["train", "evaluate"], "inference": ["inference"]}[kind]
+    overrides = {"dataset_dir": str(samples(name)), "cache": "none", "output_dir": places(tmp_path)["output_dir"]}
+    if kind == "inference":
+        overrides.pop("cache")
+    assert not workflow(name, kind.split("+")[0].replace("ference", "fer"), configs, **overrides).check_properties()
+
+
+@EVERY_BUNDLE
+def test_metadata_tells_of_this_bundle(name, parse, shared_data):
+    meta = json.loads((ROOT / bundle(name) / "configs/metadata.json").read_text())
+    jsonschema.validate(meta, json.loads((shared_data / "meta_schema.json").read_text()))
+    assert meta["required_packages_version"] == meta["optional_packages_version"]
+    assert meta["version"] in meta["changelog"]
+
+
+@EVERY_BUNDLE
+def test_metadata_agrees_with_the_network(name, parse):
+    meta = json.loads((ROOT / bundle(name) / "configs/metadata.json").read_text())["network_data_format"]
+    parser = parse(name, ["inference"])
+    classes = parser.get_parsed_content("classes")
+    image, pred = meta["inputs"]["image"], meta["outputs"]["pred"]
+    assert image["num_channels"] == len(image["channel_def"]) == parser.get_parsed_content("in_channels")
+    assert image["spatial_shape"] == pred["spatial_shape"] == parser.get_parsed_content("roi_size")
+    # MONAI Label takes the keys for the label values of the map that inference writes
+    assert [int(value) for value in pred["channel_def"]] == [0, *label_values(classes)]
+    assert len(own_values(classes)) == len(classes)
+    with torch.no_grad():
+        out = parse(name, ["inference", "small"]).get_parsed_content("network_def")(
+            torch.rand(1, image["num_channels"], 32, 32, 32)
+        )
+    assert out.shape[1] == pred["num_channels"]
+
+
+@pytest.mark.parametrize("name", ["brats", "hippocampus"])
+def test_network_and_metadata_by_monais_own_check(name, command):
+    """The full network, on the window that the metadata names."""
+    folder = bundle(name)
+    command(
+        *("-m", "monai.bundle", "verify_net_in_out", "--net_id", "network_def"),
+        *("--config_file", f"{folder}/configs/inference.yaml", "--meta_file", f"{folder}/configs/metadata.json"),
+        *("--bundle_root", folder),
+    )

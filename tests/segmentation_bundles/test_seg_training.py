@@ -1,0 +1,219 @@
+"""What fine-tuning does with pre-trained weights, labels and bad input."""
+
+from __future__ import annotations
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+
+from tools.finetuning import parameter_groups, require_roi
+from tools.scans import ScanError
+from tools.start import root_cause
+from tools.transfer import is_encoder
+from tools.weights import WeightsError
+
+from .bundles import TINY_TRAINING, sizes
+
+OPTIONS = {**TINY_TRAINING, **sizes("hippocampus", "unet"), "cache": "none", "epochs": 1}
+
+
+@pytest.fixture
+def train(workflow, samples):
+    def create(**overrides):
+        options = {**OPTIONS, "dataset_dir": str(samples("hippocampus")), **overrides}
+        return workflow("hippocampus", "train", ["train"], **options)
+
+    return create
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """Weights as pre-training writes them: as many output as input channels."""
+    from monai.networks.nets import BasicUNet
+
+    torch.manual_seed(7)
+    network = BasicUNet(3, 1, 1, OPTIONS["unet_features"])
+    torch.save(network.state_dict(), tmp_path / "backbone.pt")
+    return tmp_path / "backbone.pt", network.state_dict()
+
+
+def test_pretrained_weights_are_in_the_network_that_trains(train, backbone):
+    path, weights = backbone
+    run = train(pretrained=str(path))
+    trained = run.parser.get_parsed_content("train#trainer").network.state_dict()
+    fresh = train().parser.get_parsed_content("train#trainer").network.state_dict()
+    for name, tensor in trained.items():
+        source = weights if is_encoder(name) else fresh
+        assert torch.equal(tensor, source[name]), name
+
+
+def test_weights_of_another_size_stop_the_run(train, backbone):
+    path, _ = backbone
+    with pytest.raises(RuntimeError) as error:
+        train(pretrained=str(path), unet_features=[8, 8, 16, 16, 32, 8]).run()
+    cause = root_cause(error.value)
+    assert isinstance(cause, WeightsError) and "pretrained_min_fraction" in str(cause)
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_then_learns(train, backbone):
+    path, _ = backbone
+    run = train(pretrained=str(path), freeze_encoder_epochs=1, epochs=2)
+    trainer = run.parser.get_parsed_content("train#trainer")
+    states = [{k: v.clone() for k, v in trainer.network.state_dict().items()}]
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED,
+        lambda: states.append({k: v.clone() for k, v in trainer.network.state_dict().items()}),
+    )
+    trainer.run()
+    weights = [k for k in states[0] if k.endswith("conv.weight")]
+
+    def changed(before, after):
+        return {k for k in weights if not torch.equal(states[before][k], states[after][k])}
+
+    assert changed(0, 1) == {k for k in weights if not is_encoder(k)}
+    assert changed(1, 2) == set(weights)
+
+
+def test_the_encoder_has_a_learning_rate_of_its_own(train):
+    optimizer = train(encoder_lr_multiplier=0.1).parser.get_parsed_content("train#optimizer")
+    network = train().parser.get_parsed_content("network_def")
+    counts = [sum(is_encoder(n) is part for n, _ in network.named_parameters()) for part in (True, False)]
+    assert [len(group["params"]) for group in optimizer.param_groups] == counts
+    encoder, rest = (group["initial_lr"] if "initial_lr" in group else group["lr"] for group in optimizer.param_groups)
+    assert encoder == pytest.approx(0.1 * rest)
+    with pytest.raises(ValueError, match="encoder_lr_multiplier: found -1"):
+        parameter_groups(network, 1e-3, 0, -1)
+
+
+@pytest.mark.parametrize(("roi", "stride"), [([16, 32, 32], 16), ([48, 40, 48], 16), ([64, 64, 32], 32)])
+def test_windows_that_the_network_cannot_take_are_refused(roi, stride):
+    with pytest.raises(ValueError, match=f"roi_size: found .*, expected multiples of {stride} voxels"):
+        require_roi(roi, stride)
+
+
+def test_smaller_label_fractions_are_parts_of_larger_ones(train):
+    def cases(fraction):
+        data = train(label_fraction=fraction).parser.get_parsed_content("train#dataset#data")
+        return {case["image"] for case in data}
+
+    quarter, half, whole = map(cases, (0.25, 0.5, 1.0))
+    assert len(quarter) == 1 and len(half) == 2 and len(whole) == 4
+    assert quarter < half < whole
+    validation = train(label_fraction=0.25).parser.get_parsed_content("validate#dataset#data")
+    assert not whole & {case["image"] for case in validation}
+
+
+def test_a_data_list_makes_the_same_split_as_the_folder(train, command, samples, tmp_path):
+    data = samples("hippocampus")
+    command(*("-m", "tools", "datalist", "msd"), dataset_dir=data, output=tmp_path / "list.json")
+    for part in ("train", "validate"):
+        by_folder, by_list = (
+            train(**more).parser.get_parsed_content(f"{part}#dataset#data")
+            for more in ({}, {"datalist": str(tmp_path / "list.json")})
+        )
+        strip = [{k: str(v).replace("/./", "/") for k, v in case.items()} for case in by_folder]
+        assert strip == [{k: str(v).replace("/./", "/") for k, v in case.items()} for case in by_list]
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def damaged(samples, tmp_path):
+    """A copy of the sample data, to damage: the first case's image and label."""
+    shutil.copytree(samples("hippocampus"), tmp_path / "data")
+    image = sorted((tmp_path / "data/imagesTr").glob("*.nii.gz"))[0]
+    return tmp_path / "data", image, tmp_path / "data/labelsTr" / image.name
+
+
+def rewrite(path, change):
+    image = nib.load(path)
+    array, affine = change(np.asarray(image.dataobj), image.affine.copy())
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+def shifted(array, affine):
+    affine[:3, 3] += 20
+    return array, affine
+
+
+def other_value(array, affine):
+    array = array.copy()
+    array[:2] = 7
+    return array, affine
+
+
+DAMAGE = {
+    "shape": (lambda a, m: (a[:-2], m), "shape"),
+    "place": (shifted, "affine"),
+    "orientation": (lambda a, m: (a, m @ np.diag([-1, 1, 1, 1])), "orientation|LAS|axcodes"),
+    "value": (other_value, "7"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_labels_that_do_not_fit_stop_the_start_and_are_named(kind, train, damaged, command):
+    data, _, label = damaged
+    change, words = DAMAGE[kind]
+    rewrite(label, change)
+    with pytest.raises((RuntimeError, ScanError), match="") as error:
+        train(dataset_dir=str(data)).run()
+    cause = root_cause(error.value)
+    assert isinstance(cause, ScanError)
+    assert label.name in str(cause)
+    assert any(word in str(cause) for word in words.split("|")), str(cause)
+    done = command(*("-m", "tools", "check"), check=False, bundle="bundles/hybridmim_hippocampus_seg", dataset_dir=data)
+    assert done.returncode == 1 and label.name in done.stdout
+
+
+def test_everything_that_is_wrong_is_reported_at_once(damaged, command):
+    data, _, label = damaged
+    rewrite(label, shifted)
+    others = sorted((data / "labelsTr").glob("*.nii.gz"))
+    rewrite(others[1], other_value)
+    others[2].unlink()
+    done = command(*("-m", "tools", "check"), check=False, bundle="bundles/hybridmim_hippocampus_seg", dataset_dir=data)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    for path in (label, others[1], others[2]):
+        assert path.name in said, said
+
+
+def test_a_class_that_no_training_case_holds_is_told(train, damaged, capsys):
+    data, *_ = damaged
+    for label in (data / "labelsTr").glob("*.nii.gz"):
+        rewrite(label, lambda a, m: (np.where(a == 2, 0, a).astype(np.uint8), m))
+    train(dataset_dir=str(data)).run()
+    assert "no training case holds posterior" in capsys.readouterr().out
+
+
+def test_missing_modality_of_a_case_is_named(samples, workflow, tmp_path):
+    shutil.copytree(samples("brats"), tmp_path / "data")
+    next((tmp_path / "data").rglob("*_t1ce.nii.gz")).unlink()
+    with pytest.raises((RuntimeError, ScanError)) as error:
+        workflow("brats", "train", ["train"], **{**OPTIONS, "dataset_dir": str(tmp_path / "data")}).run()
+    cause = str(root_cause(error.value))
+    assert "t1ce" in cause and "BraTS20_Training_00" in cause
+
+
+def test_the_order_of_channels_is_printed(samples, command):
+    done = command(*("-m", "tools", "check"), bundle="bundles/hybridmim_brats_seg", dataset_dir=samples("brats"))
+    places = [done.stdout.index(f"_{m}.nii.gz") for m in ("t1", "t1ce", "t2", "flair")]
+    assert places == sorted(places)
+
+
+def test_clients_may_replace_the_data_of_a_run(train, samples, tmp_path):
+    """As MONAI Label does: no dataset_dir, data as lists, handlers of its own in front."""
+    data = samples("hippocampus")
+    cases = [{"image": str(p), "label": str(data / "labelsTr" / p.name)} for p in sorted((data / "imagesTr").iterdir())]
+    run = train(
+        dataset_dir="nowhere",
+        device="cpu",
+        **{"train#dataset#data": cases[:3], "validate#dataset#data": cases[3:], "train#trainer#max_epochs": 1},
+    )
+    run.run()
+    assert (tmp_path / "models/model.pt").is_file()
