@@ -7,15 +7,19 @@ import sys
 import fire
 
 from tools.check import check
-from tools.datalist import pretrain
+from tools.comparison import compare
+from tools.datalist import brats, btcv, msd, pretrain
 from tools.figures import curves_figure
 from tools.sample_data import sample_data
+from tools.transfer import inspect
 
 COMMANDS = {
     "check": check,
-    "datalist": {"pretrain": pretrain},
+    "compare": compare,
+    "datalist": {"pretrain": pretrain, "btcv": btcv, "brats": brats, "msd": msd},
     "figures": curves_figure,
     "sample_data": sample_data,
+    "transfer": {"inspect": inspect},
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +320,7 @@ def btcv_split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
 
 def _ranges(numbers: list[int]) -> str:
     """Write sorted numbers as `img0005-0010, img0039`."""
-    runs = [list(run) for _, run in groupby(numbers, key=lambda n, place=count(): n - next(place))]
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"img{run[0]:04d}" + (f"-{run[-1]:04d}" if len(run) > 1 else "") for run in runs)
 
 
@@ -387,7 +387,7 @@ def find_training_cases(
         ScanError: nothing found, files without their counterpart, or a list or split that cannot be made.
     """
     if datalist:
-        training, validation = (labelled_cases(datalist, dataset_dir, part) for part in ("training", "validation"))
+        training, validation = (_labelled_cases(datalist, dataset_dir, part) for part in ("training", "validation"))
         test = [case for case in datalist_items(datalist, dataset_dir, "test", labels=True) if "label" in case]
     else:
         training, validation, test = find_cases(dataset_dir, layout, modalities), [], []
@@ -397,26 +397,21 @@ def find_training_cases(
     return TrainingCases(label_subset(training, label_fraction, seed), _sorted(validation), _sorted(test))
 
 
-def labelled_cases(datalist: str | Path, dataset_dir: str | Path | None, section: str) -> list[Case]:
+def _labelled_cases(datalist: str | Path, dataset_dir: str | Path | None, section: str) -> list[Case]:
     """Read a section of a data list, each of whose entries needs a label.
 
     Raises:
         ScanError: as `read_datalist`, or entries have no label; names them.
     """
     cases = read_datalist(datalist, dataset_dir, section, labels=True)
-    problems = unlabelled(cases)
-    if problems:
-        raise ScanError(f"{datalist}: {section!r}: {'; '.join(problems)}")
-    return cases
-
-
-def unlabelled(cases: Iterable[Case]) -> list[str]:
-    """Say which entries of a data list have no label, each in one sentence."""
-    return [
-        f"entry {number} (counted from 0) has no 'label' for {', '.join(paths_of(case))}, expected a path"
+    without = [
+        f"entry {number} (counted from 0, {', '.join(paths_of(case))})"
         for number, case in enumerate(cases)
         if "label" not in case
     ]
+    if without:
+        raise ScanError(f"{datalist}: {section!r}: no label in {', '.join(without)}, expected 'label' in every entry")
+    return cases
 
 
 def _warn_of_overlap(training: list[Case], others: list[Case]) -> None:

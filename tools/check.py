@@ -1,4 +1,7 @@
-"""Reads every scan of a folder or data list and says which cannot be trained on, and why, all at once."""
+"""Reads every scan of a folder or data list and says which cannot be trained on, and why, all at once.
+
+With a bundle, its labels too, as the bundle will train on them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,40 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from monai.bundle import ConfigParser
+
+from tools.cases import absent_classes, pair_cases, split_by_layout
 from tools.files import atomic_path
+from tools.finetuning import channel_lines
 from tools.inspection import Scan, axis_ranges, inspect_scans
-from tools.scans import ScanError, datalist_items, find_scans, load_datalist
+from tools.scans import ScanError, datalist_items, files_of, find_scans, load_datalist, paths_of
+from tools.segmentation import label_values
 
 COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
+SETTINGS = ("in_channels", "classes", "layout", "modalities", "fold", "folds", "split_seed")  # of a bundle
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is to read.
+
+    Attributes:
+        content: the data list, or one made of the folder.
+        items: scans of each section, in the order of `content`.
+        root: folder that the paths of `content` start from.
+        training: scans that a bundle will train on.
+        problems: what was seen by names alone, each in one sentence.
+    """
+
+    content: dict[str, Any]
+    items: dict[str, list[dict]]
+    root: Path
+    training: list[dict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def check(
@@ -21,6 +51,7 @@ def check(
     channels: int = 1,
     output: str | None = None,
     workers: int = 4,
+    bundle: str | None = None,
 ) -> None:
     """Read every scan; print which cannot be trained on, the reason for each, and a summary.
 
@@ -30,32 +61,103 @@ def check(
         channels: number of channels that the network takes.
         output: JSON file to write: a data list without the scans that cannot be trained on.
         workers: processes that read; 0 reads in this one.
+        bundle: folder of a bundle for segmentation, whose `configs/train.yaml` says what is expected (and
+            `channels` is not looked at): every case needs a label, which is read, too.
 
     Raises:
         ScanError: neither folder nor data list given, no scan in it, or none left for `output`.
         SystemExit: status 1, if some scans cannot be trained on and there is no `output`.
     """
+    if datalist is None and dataset_dir is None:
+        raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
+    settings = None if bundle is None else _settings(Path(bundle))
+    found = _find(dataset_dir, datalist, settings)
+    items = [item for part in found.items.values() for item in part]
+    if settings is None:
+        scans = inspect_scans(items, channels, workers)
+    else:
+        values = label_values(settings["classes"])
+        scans = inspect_scans(items, settings["in_channels"], workers, label_values=values)
+        scans = _require_labels(found.items, scans)
+    bad = [scan for scan in scans if scan.problem is not None]
+    problems = found.problems + [f"{', '.join(paths_of({'image': scan.image}))}: {scan.problem}" for scan in bad]
+    lines = [] if settings is None else _bundle_lines(found, scans, settings)
+    print("\n".join([*problems, summary(scans), *lines]))
+    if output is not None:
+        _write(output, _good_entries(found.content, found.items, scans), found.root)
+    elif problems:
+        raise SystemExit(1)
+
+
+def _settings(bundle: Path) -> dict[str, Any]:
+    """Read what a segmentation bundle expects of its data.
+
+    Raises:
+        ScanError: no such bundle, or one of another kind.
+    """
+    config = bundle / "configs/train.yaml"
+    if not config.is_file():
+        raise ScanError(f"--bundle: {config} does not exist, expected the folder of a bundle for segmentation")
+    parser = ConfigParser(ConfigParser.load_config_file(config))
+    missing = [key for key in SETTINGS if key not in parser]
+    if missing:
+        raise ScanError(f"--bundle: {config} has no {', '.join(missing)}, expected a bundle for segmentation")
+    return {key: parser.get_parsed_content(key) for key in SETTINGS}
+
+
+def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any] | None) -> _Found:
+    """Find the scans, with labels if there are settings of a bundle."""
     if datalist is not None:
         root = Path(datalist).parent if dataset_dir is None else Path(dataset_dir)
-        content = load_datalist(datalist)
-        items = {section: datalist_items(datalist, dataset_dir, section) for section in COUNTS}
-    elif dataset_dir is not None:
-        root = Path(dataset_dir)
-        items = {"training": find_scans(root)}
-        paths = [Path(os.path.relpath(item["image"], root)).as_posix() for item in items["training"]]
-        content = {"name": root.absolute().name, "training": [{"image": path} for path in paths]}
+        content, problems = load_datalist(datalist), []
+        items = {section: datalist_items(datalist, dataset_dir, section, settings is not None) for section in COUNTS}
     else:
-        raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
+        root = Path(dataset_dir)
+        if settings is None:
+            cases, problems = find_scans(root), []
+        else:
+            pairing = pair_cases(root, settings["layout"], settings["modalities"])
+            cases, problems = pairing.cases, list(pairing.problems)
+        content = {"name": root.absolute().name, "training": [_entry(case, root) for case in cases]}
+        items = {"training": cases}
+    if settings is None:
+        return _Found(content, items, root)
+    training = items["training"]
+    if not items.get("validation"):
+        try:
+            split = [settings[key] for key in ("layout", "fold", "folds", "split_seed")]
+            training, _, _ = split_by_layout(training, *split)
+        except ScanError as error:
+            problems.append(str(error))
+    return _Found(content, items, root, training, problems)
 
-    scans = inspect_scans([item for part in items.values() for item in part], channels, workers)
-    bad = [scan for scan in scans if scan.problem is not None]
-    for scan in bad:
-        print(f"{scan.image if isinstance(scan.image, str) else ', '.join(scan.image)}: {scan.problem}")
-    print(summary(scans))
-    if output is not None:
-        _write(output, _good_entries(content, items, scans), root)
-    elif bad:
-        raise SystemExit(1)
+
+def _require_labels(items: dict[str, list[dict]], scans: list[Scan]) -> list[Scan]:
+    """Find fault with the scans without a label, except those of the test; scans are in the order of the items."""
+    needed = [section != "test" and "label" not in item for section, part in items.items() for item in part]
+    fault = "has no label in the data list, expected one to train with"
+    return [
+        replace(scan, problem=fault) if none and scan.problem is None else scan
+        for none, scan in zip(needed, scans, strict=True)
+    ]
+
+
+def _entry(case: dict, root: Path) -> dict:
+    """Entry of a data list for a case."""
+    paths = [Path(os.path.relpath(path, root)).as_posix() for path in files_of(case)]
+    label = {"label": paths.pop()} if "label" in case else {}
+    return {"image": paths if isinstance(case["image"], list) else paths[0], **label}
+
+
+def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) -> list[str]:
+    """Say which file is taken for which channel, and which classes no training case holds."""
+    first = found.items["training"][:1]
+    lines = [line for case in first for line in channel_lines(case, settings["modalities"])]
+    trained = [scan for item, scan in zip(found.items["training"], scans, strict=False) if item in found.training]
+    absent = absent_classes(trained, settings["classes"])
+    if absent:
+        lines.append(("WARNING", f"no training case holds {', '.join(absent)}: this cannot be learnt"))
+    return [f"{name:11}{text}" for name, text in lines]
 
 
 def summary(scans: Sequence[Scan]) -> str:

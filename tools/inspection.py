@@ -45,6 +45,7 @@ SAVE_EVERY = 60.0  # seconds between two savings while thousands of scans are re
 # How far a label's corner may lie from the image's. Rounding in headers (spacing of four digits, quaternions in
 # single precision) reaches a tenth of a voxel over 512; the smallest real mistake, of the origin, is half a voxel.
 LABEL_OFFSET = 0.25  # voxels
+LABEL_SPACING = 1e-3  # mm; up to here MONAI's `Spacingd` makes sure that both are resampled to the same shape
 UNCOMPRESSED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1")  # DICOM transfer syntaxes, little endian
 
 
@@ -199,7 +200,7 @@ def _check_place(label: _File, image: _File) -> None:
     if label.shape != image.shape:
         raise _Unfit(f"has the shape {_times(label.shape)}, expected {_times(image.shape)} as the image")
     offset = _offset(label, image)
-    if offset > LABEL_OFFSET:
+    if offset > LABEL_OFFSET or not np.allclose(label.spacing, image.spacing, rtol=0, atol=LABEL_SPACING):
         found, expected = (
             f"{axcodes}, spacing {_by(file.spacing)} mm, origin {_by(file.affine[:3, 3])} mm"
             for axcodes, file in zip(axes, (label, image), strict=True)
@@ -218,7 +219,7 @@ def _offset(label: _File, image: _File) -> float:
 
 
 def _by(numbers: Sequence[float]) -> str:
-    return " x ".join(f"{number:.4g}" for number in numbers)
+    return " x ".join(f"{number:.5g}" for number in numbers)
 
 
 def _read_file(path: str, measure: Callable[[str, np.ndarray, np.ndarray], _File]) -> _File:

@@ -241,8 +241,7 @@ class SegmentationFigure:
         segmentation_figure(
             self.figure_dir / f"segmentation_epoch={validator.state.epoch:04d}.png",
             output["image"][0].cpu(),
-            output["label"].bool().cpu(),
-            output["pred"].bool().cpu(),
+            {"label": output["label"], "prediction": output["pred"]},
             names=self.names,
             title=f"{Path(item['file']).name}, epoch {validator.state.epoch}",
             spacing=tuple(item["spacing"].tolist()),

@@ -75,7 +75,10 @@ def test_training_evaluation_and_inference_see_the_same_image(name, parse):
             keys = step.get("keys") if isinstance(step, dict) else None
             if step == "@intensity":
                 steps.append(step)
-            elif keys is not None and "image" in keys and step["_target_"] not in ("SelectItemsd", "EnsureTyped"):
+            elif (keys == "image" or (isinstance(keys, list) and "image" in keys)) and step["_target_"] not in (
+                "SelectItemsd",
+                "EnsureTyped",
+            ):
                 mode = {"mode": "bilinear"} if step["_target_"] == "Spacingd" else {}
                 steps.append({**step, "keys": "image", **mode})
         return steps

@@ -9,8 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tools.datalist import pretrain
+from tools.cases import find_cases, find_training_cases
+from tools.datalist import brats, btcv, msd, pretrain
 from tools.inspection import inspect_scans
+from tools.sample_anatomy import CHANNELS
+from tools.sample_data import sample_data
 from tools.scans import ScanError, find_scans, read_datalist
 
 HEADER = """ObjectType = Image
@@ -174,3 +177,123 @@ def test_a_folder_of_another_layout_is_refused(sets, option, folder, message):
 def test_a_folder_of_scans_would_have_held_the_labels(sets):
     """Why the lists exist: taking every file of the folder takes labels for scans."""
     assert len(find_scans(sets / "covid")) == 5
+
+
+# ----------------------------------------------------------------------------------------------- labelled sets
+
+USUAL = [*range(1, 11), *range(21, 41)]
+
+
+def btcv_set(folder, numbers=USUAL):
+    for number in numbers:
+        for name in (f"img/img{number:04}.nii.gz", f"label/label{number:04}.nii.gz"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    return folder
+
+
+def brats_set(folder, count=8):
+    for number in range(count):
+        for part in (*CHANNELS, "seg"):
+            path = folder / f"B{number}/B{number}_{part}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return folder
+
+
+def msd_set(folder, count=8):
+    entries = [{"image": f"./imagesTr/s_{n}.nii.gz", "label": f"./labelsTr/s_{n}.nii.gz"} for n in range(count)]
+    for entry in entries:
+        for name in entry.values():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "spleen"}, "training": entries}))
+    return folder
+
+
+LABELLED = {"btcv": (btcv, btcv_set), "brats": (brats, brats_set), "msd": (msd, msd_set)}
+
+
+@pytest.mark.parametrize("layout", LABELLED)
+@pytest.mark.parametrize(
+    "options", [{}, {"fold": 1, "folds": 4, "seed": 3}, {"fold": 0, "seed": 1, "label_fraction": 0.3}]
+)
+def test_a_list_is_the_split_that_a_bundle_makes(tmp_path, layout, options):
+    write, make = LABELLED[layout]
+    folder = make(tmp_path / "set")
+    write(str(folder), str(tmp_path / "list.json"), **options)
+    modalities = CHANNELS if layout == "brats" else None
+    settings = {"fold": None if layout == "btcv" else 0, "folds": 5, "seed": 0, "label_fraction": 1.0, **options}
+    settings["split_seed"] = settings["seed"]
+    by_itself = find_training_cases(str(folder), None, layout, modalities, **settings)
+    settings["label_fraction"] = 1.0
+    listed = find_training_cases(str(folder), str(tmp_path / "list.json"), layout, modalities, **settings)
+    assert listed == by_itself
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert content["numTraining"] == len(content["training"]) == len(listed.training)
+    assert content["numValidation"] == len(content["validation"]) == len(listed.validation)
+    assert (content["numTest"], content["test"]) == (0, [])
+
+
+def test_the_usual_split_of_btcv(tmp_path, capsys):
+    btcv(str(btcv_set(tmp_path / "BTCV")), str(tmp_path / "list.json"))
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert (content["name"], content["numTraining"], content["labels"]["6"]) == ("BTCV", 24, "liver")
+    expected = [{"image": f"img/img{n:04}.nii.gz", "label": f"label/label{n:04}.nii.gz"} for n in range(35, 41)]
+    assert content["validation"] == expected
+    assert capsys.readouterr().out.splitlines() == [
+        "training        24 cases: img0001.nii.gz, img0002.nii.gz, img0003.nii.gz, …",
+        "validation       6 cases: img0035.nii.gz, img0036.nii.gz, img0037.nii.gz, …",
+        "test             0 cases",
+        f"together        30 of 30 cases, listed in {tmp_path}/list.json",
+        f"Train with: --datalist {tmp_path}/list.json --dataset_dir {tmp_path}/BTCV",
+    ]
+
+
+def test_channels_of_brats_are_listed_in_order(tmp_path):
+    brats(str(brats_set(tmp_path)), str(tmp_path / "list.json"), test_cases=2)
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert content["labels"] == {"0": "background", "1": "necrotic core", "2": "edema", "4": "enhancing tumour"}
+    assert (content["numTraining"], content["numValidation"], content["numTest"]) == (4, 2, 2)
+    (number,) = {entry["label"][1] for entry in content["test"][:1]}
+    channels = [f"B{number}/B{number}_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]
+    assert content["test"][0] == {"image": channels, "label": f"B{number}/B{number}_seg.nii.gz"}
+
+
+def test_a_list_of_the_decathlon_keeps_the_names_of_its_labels(tmp_path, monkeypatch, capsys):
+    msd_set(tmp_path / "Task 09")
+    monkeypatch.chdir(tmp_path)
+    msd("Task 09", "lists/a list.json", folds=4)
+    assert json.loads((tmp_path / "lists/a list.json").read_text())["labels"] == {"1": "spleen"}
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[-4:] == ["--datalist", "lists/a list.json", "--dataset_dir", str(tmp_path / "Task 09")]
+    (tmp_path / "Task 09/dataset.json").unlink()
+    msd("Task 09", "lists/a list.json", folds=4)
+    assert "labels" not in json.loads((tmp_path / "lists/a list.json").read_text())
+
+
+def test_lists_of_labelled_sets_are_not_written_with_errors(tmp_path):
+    output = tmp_path / "list.json"
+    (msd_set(tmp_path / "a") / "labelsTr/s_3.nii.gz").unlink()
+    with pytest.raises(ScanError, match=r"labelsTr/s_3\.nii\.gz does not exist, but dataset\.json lists it"):
+        msd(str(tmp_path / "a"), str(output))
+    with pytest.raises(ScanError, match=r"fold: found 5, expected one of 0 to 4"):
+        btcv(str(btcv_set(tmp_path / "b")), str(output), fold=5)
+    assert not output.exists()
+
+
+def test_a_list_of_the_real_hippocampus(tmp_path, shared_data):
+    folder = shared_data / "Task04_Hippocampus"
+    msd(str(folder), str(tmp_path / "list.json"), folds=10, test_cases=50)
+    cases = find_training_cases(str(folder), str(tmp_path / "list.json"), "msd", None, 0, 10, 0, 1.0, 0)
+    assert (len(cases.training), len(cases.validation), len(cases.test)) == (144, 16, 50)
+    together = sorted((*cases.training, *cases.validation, *cases.test), key=lambda case: case["image"])
+    assert together == find_cases(folder, "msd")
+
+
+def test_sample_data_can_be_listed_and_read(tmp_path):
+    sample_data(str(tmp_path / "set"), "btcv", cases=3)
+    btcv(str(tmp_path / "set"), str(tmp_path / "list.json"))
+    cases = read_datalist(tmp_path / "list.json", tmp_path / "set", "training", labels=True)
+    scans = inspect_scans(cases, channels=1, label_values=range(1, 14))
+    assert [scan.problem for scan in scans] == [None] * 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.figures import curves_figure, mid_planes, reconstruction_figure
+from tools.figures import CLASS_COLOURS, curves_figure, mid_planes, reconstruction_figure, segmentation_figure
 
 HEADER = (
     "epoch,loss,loss_pr,val_loss,val_loss_pr,val_masked_mse,val_mean_mse,val_number_accuracy,"
@@ -114,6 +114,98 @@ def test_shapes_that_do_not_fit(tmp_path):
         reconstruction_figure(tmp_path / "f.png", image, masked, reconstruction[..., 1:], title="t")
     with pytest.raises(ValueError, match=r"\[H, W, D\]"):
         reconstruction_figure(tmp_path / "f.png", image[None], masked[None], reconstruction[None], title="t")
+    assert not (tmp_path / "f.png").exists()
+
+
+def regions(size=(40, 48, 24)):
+    """Random volume, and three masks: a box, a larger box around it, and one elsewhere."""
+    image = np.random.default_rng(0).random(size, np.float32)
+    masks = np.zeros((3, *size), bool)
+    masks[0, 20:24, 20:24, 8:12] = True
+    masks[1, 15:30, 15:30, 5:15] = True
+    masks[2, 2:8, 2:8, 8:12] = True
+    return image, masks
+
+
+def share_of(path, colour):
+    """Share of the pixels, left of the legend, of a colour as it is in the outlines."""
+    pixels = np.asarray(Image.open(path).convert("RGB"), int)
+    pixels = pixels[:, : pixels.shape[1] - 340]
+    rgb = [int(colour[n : n + 2], 16) for n in (1, 3, 5)]
+    return np.mean(np.abs(pixels - rgb).max(axis=-1) < 12)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_segmentation_figure(as_tensor, tmp_path):
+    image, masks = (torch.tensor(array) for array in regions()) if as_tensor else regions()
+    path = tmp_path / "new" / "best.png"
+    names = ["tumour_core", "whole tumour", "$elsewhere"]
+    segmentation_figure(path, image, {"label": masks, "prediction": masks}, names, "case_1, $best", (1.0, 1.0, 2.5))
+    assert Image.open(path).width == 1650
+    assert 20_000 < path.stat().st_size < 600_000
+    assert [file.name for file in path.parent.iterdir()] == ["best.png"]
+
+
+def test_an_inner_region_is_seen_on_the_one_around_it(tmp_path):
+    image, masks = regions()
+    core, whole, _ = CLASS_COLOURS[:3]
+    segmentation_figure(
+        tmp_path / "in.png", image, {"label": masks[:2], "prediction": masks[:2]}, ["core", "whole"], "t"
+    )
+    outlines = share_of(tmp_path / "in.png", core)
+    assert outlines > 1e-3 and share_of(tmp_path / "in.png", whole) > outlines
+    # whatever the order of the classes
+    segmentation_figure(
+        tmp_path / "out.png", image, {"label": masks[[1, 0]], "prediction": masks[[1, 0]]}, ["whole", "core"], "t"
+    )
+    assert share_of(tmp_path / "out.png", whole) == pytest.approx(outlines, rel=0.3)
+
+
+def test_planes_go_through_what_is_labelled(tmp_path):
+    """Two boxes with nothing between them: the centre of mass lies in neither, the planes in one."""
+    image, masks = regions((40, 48, 24))
+    masks[:] = False
+    masks[0, :4, :4, :4] = masks[0, -5:, -5:, -5:] = True
+    segmentation_figure(tmp_path / "two.png", image, {"label": masks[:1], "prediction": masks[:1]}, ["a"], "t")
+    assert share_of(tmp_path / "two.png", CLASS_COLOURS[0]) > 3e-4
+
+
+def test_without_a_label_the_planes_go_through_the_prediction(tmp_path):
+    image, masks = regions()
+    one, none = masks[2:], np.zeros_like(masks[2:])
+    segmentation_figure(tmp_path / "no_label.png", image, {"prediction": one}, ["a"], "t")
+    assert Image.open(tmp_path / "no_label.png").width < 1650
+    assert share_of(tmp_path / "no_label.png", CLASS_COLOURS[0]) > 3e-4
+    segmentation_figure(tmp_path / "empty_label.png", image, {"label": none, "prediction": one}, ["a"], "t")
+    assert share_of(tmp_path / "empty_label.png", CLASS_COLOURS[0]) > 3e-4
+    segmentation_figure(tmp_path / "nothing.png", image, {"label": none, "prediction": none}, ["a"], "t")
+    assert share_of(tmp_path / "nothing.png", CLASS_COLOURS[0]) == 0
+
+
+def test_segmentation_of_a_constant_image_or_without_numbers(tmp_path):
+    _, masks = regions()
+    for value in (0.0, np.nan):
+        image = np.full(masks.shape[1:], value)
+        segmentation_figure(tmp_path / "figure.png", image, {"label": masks, "prediction": masks}, ["a", "b", "c"], "t")
+        assert (tmp_path / "figure.png").is_file()
+
+
+def test_more_classes_than_colours(tmp_path):
+    image, masks = regions()
+    many = np.repeat(masks, 7, axis=0)
+    names = [f"a class with quite a long name, number {n}" for n in range(21)]
+    segmentation_figure(tmp_path / "figure.png", image, {"label": many, "prediction": many}, names, "t")
+    assert Image.open(tmp_path / "figure.png").width == 1650
+
+
+def test_segmentations_that_do_not_fit(tmp_path):
+    image, masks = regions()
+    with pytest.raises(ValueError, match=r"prediction \(3, 40, 48, 23\).*expected"):
+        segmentation_figure(
+            tmp_path / "f.png", image, {"label": masks, "prediction": masks[..., 1:]}, ["a", "b", "c"], "t"
+        )
+    with pytest.raises(ValueError, match="2 names"):
+        segmentation_figure(tmp_path / "f.png", image, {"label": masks, "prediction": masks}, ["a", "b"], "t")
     assert not (tmp_path / "f.png").exists()
 
 

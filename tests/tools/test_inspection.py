@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,8 +15,10 @@ import pytest
 
 from image_files import SHAPE, SHARED, SPACING, cut, item, volume, write_any, write_dicom, write_itk, write_nifti
 from tools import inspection
+from tools.cases import find_cases
 from tools.inspection import inspect_scan, inspect_scans, raw_file
-from tools.scans import find_scans, read_datalist
+from tools.scans import ScanError, find_scans, read_datalist
+from tools.start import require_usable
 
 # ---------------------------------------------------------------------------------------------- inspect_scan
 
@@ -281,6 +284,154 @@ def test_raw_file(tmp_path, name):
     assert raw_file(write_itk(tmp_path / name)) == (tmp_path / "a.raw" if name == "a.mhd" else None)
 
 
+# ----------------------------------------------------------------------------------------------------- labels
+
+OBLIQUE = np.array([[0.9, -0.3, 0.1, -20], [0.25, 1.8, -0.4, 35], [-0.1, 0.5, 2.9, 7], [0, 0, 0, 1.0]])
+
+
+def label_map(dtype=np.uint8, values=(0, 1, 2)):
+    return np.random.default_rng(1).choice(values, SHAPE).astype(dtype)
+
+
+def labelled(folder, label=None, affine=None, label_affine=None):
+    """Write an image and its label."""
+    image = write_nifti(folder / "image.nii.gz", affine=affine)
+    affine = affine if label_affine is None else label_affine
+    label = write_nifti(folder / "label.nii.gz", label_map() if label is None else label, affine)
+    return {"image": str(image), "label": str(label)}
+
+
+def label_problem(case, label_values=(1, 2)):
+    problem = inspect_scan(case, 1, label_values).problem
+    assert problem is not None
+    assert problem.startswith(f"its label {case['label']} ")
+    assert "\n" not in problem
+    return problem.removeprefix(f"its label {case['label']} ")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+def test_labels_of_every_type(tmp_path, dtype):
+    scan = inspect_scan(labelled(tmp_path, label_map(dtype)), 1, (2, 1))
+    assert (scan.problem, scan.labels) == (None, (0, 1, 2))
+    assert (scan.low, scan.high) == (volume().min(), volume().max())
+
+
+def test_a_label_may_lack_every_class(tmp_path):
+    assert inspect_scan(labelled(tmp_path, label_map() * 0), 1, (1, 2)).labels == (0,)
+    assert inspect_scan(labelled(tmp_path, label_map() * 0 + 2), 1, (1, 2)).labels == (2,)
+    assert inspect_scan(item(tmp_path / "image.nii.gz"), 1, (1, 2)).labels == ()
+
+
+def test_a_label_of_several_channel_files(tmp_path):
+    case = labelled(tmp_path)
+    case["image"] = [case["image"], str(write_nifti(tmp_path / "second.nii.gz", volume(3)))]
+    assert inspect_scan(case, 2, (1, 2)).labels == (0, 1, 2)
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, OBLIQUE @ np.diag([-1, 1, -1, 1])])
+def test_rounding_of_a_header_is_no_other_place(tmp_path, affine):
+    """The label's place comes from quaternions in single precision, the image's from a matrix."""
+    rotation = np.linalg.qr(affine[:3, :3])[0]
+    rotation *= np.sign(np.diag(rotation))
+    affine = nib.affines.from_matvec(rotation * (0.703125, 0.703125, 2.5), (-179.6, 120.3, 88.1))
+    case = labelled(tmp_path, affine=affine)
+    image = nib.Nifti1Image(label_map(), None)
+    image.header.set_qform(affine, 1)
+    image.header["pixdim"][1:4] = 0.7031, 0.7031, 2.5
+    nib.save(image, case["label"])
+    found = nib.load(case["label"])
+    assert not found.get_sform(coded=True)[1]
+    assert not np.array_equal(found.affine, nib.load(case["image"]).affine)
+    assert inspect_scan(case, 1, (1, 2)).problem is None
+
+
+def test_label_of_another_shape(tmp_path):
+    case = labelled(tmp_path, label_map()[:, :, 1:])
+    assert label_problem(case) == "has the shape 10x12x13, expected 10x12x14 as the image"
+
+
+@pytest.mark.parametrize("affine", [np.diag([*SPACING, 1.0]), OBLIQUE])
+@pytest.mark.parametrize(
+    "change, voxels",
+    [
+        ([[1, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "0.5"),  # half a voxel, as of another convention
+        ([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 1]], "3"),
+        (np.diag([1, 1.1, 1, 1]), "1.1"),
+        (np.diag([1, 1, 1.01, 1]), "0.13"),  # resampling could make it a voxel longer
+    ],
+)
+def test_label_of_another_place(tmp_path, affine, change, voxels):
+    problem = label_problem(labelled(tmp_path, affine=affine, label_affine=affine @ change))
+    assert problem.startswith(f"lies elsewhere in space, by up to {voxels} voxels: found RAS, spacing ")
+    assert problem.endswith(f"mm, origin {'0 x 0 x 0' if affine[0, 3] == 0 else '-20 x 35 x 7'} mm as the image")
+
+
+@pytest.mark.parametrize("affine", [np.diag([*SPACING, 1.0]), OBLIQUE])
+def test_label_of_another_orientation_alone(tmp_path, affine):
+    case = labelled(tmp_path, affine=affine)
+    turn = nib.orientations.ornt_transform(*(nib.orientations.axcodes2ornt(code) for code in ("RAS", "PIR")))
+    nib.save(nib.load(case["label"]).as_reoriented(turn), tmp_path / "turned.nii.gz")
+    case["label"] = str(tmp_path / "turned.nii.gz")
+    assert label_problem(case) == "has another orientation: found PIR, expected RAS as the image (only the axes differ)"
+
+
+def test_label_that_was_saved_without_its_place(tmp_path):
+    case = labelled(tmp_path, affine=np.diag([-1.0, -2, 3, 1]), label_affine=np.diag([1.0, 2, 3, 1]))
+    assert re.search(r"lies elsewhere .*found RAS, .* expected LPS, .* as the image", label_problem(case))
+
+
+def half(array):
+    array = array.astype(np.float32)
+    array[3, 3, :4] = 0.5
+    return array
+
+
+def with_not_a_number(array):
+    array = array.astype(np.float32)
+    array[3, 3, :4] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        (
+            label_map(np.int16, (0, 1, 2, 2, 2, 7, -1)),
+            r"has values of no class: found -?\d \(2\d\d voxels\), -?\d \(2\d\d voxels\), expected 0, 1, 2$",
+        ),
+        (label_map(values=range(99)), r"found (\d+ \(\d+ voxels\), ){4}\d+ \(\d+ voxels\) and 91 more, expected 0, 1"),
+        (half(label_map()), r"has 4 voxels of no whole number \(first: 0\.5\), expected label values"),
+        (with_not_a_number(label_map()), r"has 4 NaN or infinite values among 1680 voxels, expected finite values"),
+        (np.stack([label_map()] * 2, -1), r"has 2 channels \(shape 10x12x14x2\), expected one label map"),
+        (label_map()[..., 0], r"is 2D: found the shape 10x12"),
+    ],
+)
+def test_label_of_other_values(tmp_path, label, message):
+    assert re.search(message, label_problem(labelled(tmp_path, label)))
+
+
+def test_without_label_values_any_whole_number_will_do(tmp_path):
+    case = labelled(tmp_path, label_map(np.int16, (0, 300, -1)))
+    assert inspect_scan(case, 1).labels == (-1, 0, 300)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (Path.unlink, r"does not exist"),
+        (lambda p: p.write_bytes(b""), r"is empty: found 0 bytes"),
+        (lambda p: p.write_text("<html>" * 99), r"is not an image: found 594 bytes"),
+        (lambda p: cut(p, 0.9), r"is truncated: found \d+ bytes"),
+    ],
+)
+def test_label_that_cannot_be_read(tmp_path, change, message, capfd):
+    case = labelled(tmp_path)
+    change(Path(case["label"]))
+    capfd.readouterr()
+    assert re.match(message, label_problem(case))
+    assert capfd.readouterr().err == ""
+
+
 # --------------------------------------------------------------------------------------------- inspect_scans
 
 
@@ -352,6 +503,48 @@ def test_other_channels_are_not_remembered(tmp_path):
     assert inspect_scans(items, channels=2, remember=tmp_path / "scans.json")[0].problem is not None
 
 
+def test_labels_are_remembered_for_the_same_values_and_file_alone(tmp_path):
+    case, remember = labelled(tmp_path), tmp_path / "scans.json"
+
+    def again(case=case, label_values=(1, 2)):
+        return inspect_scans([case], 1, remember=remember, label_values=label_values)[0]
+
+    first = again()
+    assert first.labels == (0, 1, 2)
+    tamper(remember)
+    assert again(label_values=[2, 1]) == replace(first, low=-123456.0)  # the files were not opened
+    assert again(label_values=(1,)).problem.endswith("expected 0, 1")
+    assert again(label_values=(1, 2, 3)) == first
+    assert again(label_values=None) == first
+    assert again(item(case["image"])) == replace(first, labels=())
+    rewrite(case["label"], lambda path: write_nifti(path, label_map(values=(0, 2))))
+    assert again().labels == (0, 2)
+    Path(case["label"]).unlink()
+    assert again().problem.endswith("does not exist")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_are_read_in_other_processes(tmp_path, workers):
+    cases = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        cases.append(labelled(tmp_path / str(number), label_map(values=(0, number))))
+    scans = inspect_scans(cases, 1, workers, label_values=(1,))
+    assert [scan.labels for scan in scans] == [(0,), (0, 1), ()]
+    assert [scan.problem is None for scan in scans] == [True, True, False]
+
+
+def test_a_start_needs_good_labels_where_labels_are_used(tmp_path):
+    good = labelled(tmp_path)
+    (tmp_path / "bad").mkdir()
+    bad = labelled(tmp_path / "bad", label_map()[1:])
+    remember = str(tmp_path / "scans.json")
+    assert [scan.labels for scan in require_usable([good, bad], 1, 0, remember)] == [(), ()]
+    with pytest.raises(ScanError, match=r"1 of 2 scans cannot be used:\n.*/bad/image.nii.gz: its label .*9x12x14"):
+        require_usable([good, bad], 1, 0, remember, [1, 2])
+    assert require_usable([good], 1, 0, remember, [1, 2])[0].labels == (0, 1, 2)
+
+
 def test_a_memory_serves_several_data_sets(tmp_path):
     items = [item(write_nifti(tmp_path / f"{n}.nii")) for n in range(2)]
     inspect_scans(items[:1], channels=1, remember=tmp_path / "scans.json")
@@ -385,10 +578,10 @@ def test_a_memory_that_cannot_be_written_is_only_logged(tmp_path, caplog):
 def test_an_interrupted_start_keeps_what_it_has_read(tmp_path, monkeypatch):
     items = [item(write_nifti(tmp_path / f"{n}.nii")) for n in range(3)]
 
-    def interrupted(entry, channels):
+    def interrupted(entry, **options):
         if entry is items[2]:
             raise KeyboardInterrupt
-        return inspect_scan(entry, channels)
+        return inspect_scan(entry, **options)
 
     monkeypatch.setattr(inspection, "inspect_scan", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -420,3 +613,12 @@ def test_real_scans():
     assert [scan.problem for scan in result] == [None] * 13
     assert (result[-1].shape, result[-1].spacing) == ((122, 101, 30), (3.0, 3.0, 3.0))
     assert len(read_datalist(hippocampus / "dataset.json", hippocampus, "training")) == 210
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real scans of ../shared/data are not on this machine")
+def test_real_labels():
+    cases = find_cases(SHARED / "Task04_Hippocampus", "msd")[:12]
+    assert {(s.problem, s.labels) for s in inspect_scans(cases, 1, label_values=(1, 2))} == {(None, (0, 1, 2))}
+    ct = {"image": str(SHARED / "ct_abdomen/ct.nii.gz"), "label": str(SHARED / "ct_abdomen/label_btcv.nii.gz")}
+    scan = inspect_scan(ct, 1, range(1, 14))
+    assert (scan.problem, set(range(14)) - set(scan.labels)) == (None, {5})  # the esophagus is outside the field

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_files import item, names, write_dicom
-from tools.scans import ScanError, find_scans, read_datalist, root_of, split_scans
+from tools.scans import ScanError, find_scans, read_datalist, root_of, split_scans, stem_of
 
 # ------------------------------------------------------------------------------------------------ find_scans
 
@@ -71,6 +71,11 @@ def test_warns_of_labels(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("name", ["a.b.nii", "a.b.nii.gz", "A/a.b.NII.GZ", "a.b.mha", "series/a.b"])
+def test_stem(name):
+    assert stem_of(name) == stem_of(Path(name)) == "a.b"
+
+
 # --------------------------------------------------------------------------------------------- read_datalist
 
 
@@ -93,6 +98,33 @@ def test_reads_paths_lists_and_plain_strings(tmp_path):
     assert read_datalist(path, data, "training") == expected
     assert read_datalist(path, data, "test") == [{"image": elsewhere}]
     assert read_datalist(path, data, "validation") == []
+
+
+def test_labels_are_kept_when_asked_for(tmp_path):
+    for name in ("a.nii", "b.nii", "l.nii"):
+        (tmp_path / name).touch()
+    entries = [{"image": ["a.nii", "b.nii"], "label": "l.nii"}, "b.nii", {"image": "a.nii", "label": None}]
+    path = write_list(tmp_path, {"training": entries})
+    a, b = (str(tmp_path / name) for name in ("a.nii", "b.nii"))
+    images = [{"image": [a, b]}, {"image": b}, {"image": a}]
+    assert read_datalist(path, None, "training") == images
+    images[0]["label"] = str(tmp_path / "l.nii")
+    assert read_datalist(path, None, "training", labels=True) == images
+
+
+def test_missing_labels_count_when_they_are_asked_for(tmp_path):
+    (tmp_path / "a.nii").touch()
+    path = write_list(tmp_path, {"training": [{"image": "a.nii", "label": "no.nii"}]})
+    assert len(read_datalist(path, None, "training")) == 1
+    with pytest.raises(ScanError, match=r"1 image or label files do not exist: .*no\.nii; expected them below"):
+        read_datalist(path, None, "training", labels=True)
+
+
+@pytest.mark.parametrize("label", [["a.nii"], 3, ""])
+def test_a_label_is_a_path(tmp_path, label):
+    path = write_list(tmp_path, {"training": [{"image": "a.nii", "label": label}]})
+    with pytest.raises(ScanError, match=r"'training', entry 0 .*found the label .*, expected a path"):
+        read_datalist(path, None, "training", labels=True)
 
 
 def test_paths_start_from_the_datalist_without_a_folder(tmp_path):
