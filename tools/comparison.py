@@ -10,10 +10,9 @@ import yaml
 from monai.data import MetaTensor, affine_to_spacing
 from monai.transforms import LoadImage, Orientation
 
-from tools.evaluation import stem
 from tools.figures import segmentation_figure
 from tools.files import atomic_path
-from tools.scans import ScanError
+from tools.scans import ScanError, stem_of
 from tools.segmentation import class_masks
 
 CSV, PNG = "comparison.csv", "comparison.png"
@@ -113,13 +112,13 @@ def _draw(path: Path, image: str, label: str, runs: dict[str, Path]) -> None:
         volumes[0],
         {name: class_masks(volumes[k : k + 1].round(), classes) for k, name in enumerate(maps, start=1)},
         names=list(classes),
-        title=f"{stem(image)}, in no run's training data",
+        title=f"{stem_of(image)}, in no run's training data",
         spacing=tuple(affine_to_spacing(turned.affine).tolist()),
     )
 
 
 def _segmentation(folder: Path, image: str) -> Path:
-    name = f"{stem(image)}_seg.nii.gz"
+    name = f"{stem_of(image)}_seg.nii.gz"
     found = sorted(folder.rglob(name))
     if len(found) != 1:
         raise ScanError(f"compare: found {len(found)} files {name} in {folder}, expected one from `run inferring`")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tools.figures import segmentation_figure
 from tools.files import atomic_path
-from tools.scans import EXTENSIONS, ScanError
+from tools.scans import ScanError, stem_of
 from tools.segmentation import Classes, class_masks
 
 EMPTY = ("skip", "brats")
@@ -311,20 +311,14 @@ def case_names(paths: Sequence[tuple[str, str]]) -> list[str]:
     """
     images = [Path(image) for image, _ in paths]
     choices = (
-        [_common_start(stem(image), stem(label)) for image, label in paths],
-        [stem(image) for image in images],
+        [_common_start(stem_of(image), stem_of(label)) for image, label in paths],
+        [stem_of(image) for image in images],
         [image.absolute().parent.name for image in images],
     )
     for names in choices:
         if all(names) and len(set(names)) == len(names):
             return names
     return ["_".join(image.parts).lstrip("/_") for image in images]
-
-
-def stem(path: str | Path) -> str:
-    """File name without the extension of a scan (`.nii.gz` is one)."""
-    name = Path(path).name
-    return next((name[: -len(end)] for end in EXTENSIONS if name.lower().endswith(end)), name)
 
 
 def _common_start(image: str, label: str) -> str:

@@ -26,7 +26,8 @@ Terms = Callable[[Any], Mapping[str, Tensor]]
 def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
     """The entries `loss` and `loss_…` of an engine's output, decollated or not."""
     output = output if isinstance(output, Mapping) else output[0]
-    return {name: value.detach() for name, value in output.items() if name.startswith("loss")}
+    # MONAI decollates a loss into plain numbers
+    return {name: torch.as_tensor(value).detach() for name, value in output.items() if name.startswith("loss")}
 
 
 class ProgressBar:
@@ -143,7 +144,7 @@ class MetricsCSV:
 
     def _write(self, engine: Engine) -> None:
         means = {
-            name: float(idist.all_reduce(total)) / self._iterations / idist.get_world_size()
+            name: idist.all_reduce(float(total)) / self._iterations / idist.get_world_size()
             for name, total in self._sums.items()
         }
         if idist.get_rank() > 0:

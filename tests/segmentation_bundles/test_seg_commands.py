@@ -107,6 +107,7 @@ def test_evaluation_prints_a_table(trained, run_bundle, samples):
         *("hippocampus", "evaluating", ["train", "evaluate"]),
         **{**TINY, **sizes("hippocampus", "unet"), **places(folder)},
         dataset_dir=samples("hippocampus"),
+        folds=2,  # more than one case to evaluate
     )
     assert "anterior" in done.stdout and "±" in done.stdout and "HD95" in done.stdout
 
@@ -196,7 +197,7 @@ def test_two_processes(command, samples, tmp_path):
         ),
         **options,
     )
-    assert done.stdout.count("for training") == 1  # one of them speaks
+    assert done.stdout.count("for validation") == 1  # one of them speaks
     metrics = read_metrics(tmp_path / "out/metrics.csv")
     assert len(metrics) == 2 and all(float(row["val_mean_dice"]) >= 0 for row in metrics)
 

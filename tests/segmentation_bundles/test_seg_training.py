@@ -149,8 +149,8 @@ def other_value(array, affine):
 
 DAMAGE = {
     "shape": (lambda a, m: (a[:-2], m), "shape"),
-    "place": (shifted, "affine"),
-    "orientation": (lambda a, m: (a, m @ np.diag([-1, 1, 1, 1])), "orientation|LAS|axcodes"),
+    "place": (shifted, "lies elsewhere in space"),
+    "orientation": (lambda a, m: (a, m @ np.diag([-1, 1, 1, 1])), "LAS"),
     "value": (other_value, "7"),
 }
 
