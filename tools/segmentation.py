@@ -208,8 +208,11 @@ class ClassDice:
         self.names = list(names)
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the validator, whose key metric is MONAI's `MeanDice` with the name `mean_dice`."""
-        engine.add_event_handler(Events.COMPLETED, self)
+        """Attach to the validator, whose key metric is MONAI's `MeanDice` with the name `mean_dice`.
+
+        Before handlers that log metrics, which they do at the same event.
+        """
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, validator: Engine) -> None:
         """Add them; not a number for a class that no case holds."""

@@ -101,6 +101,15 @@ def test_the_start_table_says_what_will_be_done(trained, samples):
     assert "validation, epoch 2: mean_dice" in said and "dice_posterior" in said
 
 
+def test_tensorboard_holds_the_dice_of_every_class(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = trained
+    events = EventAccumulator(str(folder / "out/validation")).Reload()
+    assert {"mean_dice", "dice_anterior", "dice_posterior"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("dice_anterior")) == 2
+
+
 def test_evaluation_prints_a_table(trained, run_bundle, samples):
     folder, _ = trained
     done = run_bundle(
@@ -214,4 +223,4 @@ def test_mlflow(samples, run_bundle, tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     runs = client.search_runs([experiment.experiment_id])
-    assert any("mean_dice" in run.data.metrics for run in runs)
+    assert any({"mean_dice", "dice_anterior"} <= run.data.metrics.keys() for run in runs)
