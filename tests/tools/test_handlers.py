@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
@@ -15,6 +15,7 @@ from monai.transforms import RandScaleIntensityd
 
 from tools.files import atomic_path
 from tools.handlers import (
+    BestWeights,
     GradientClipping,
     MetricsCSV,
     SeedEpochs,
@@ -163,3 +164,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "values", "kept"),
+    [(False, [0.5, 0.7, 0.6, float("nan")], [0, 1, 1, 1]), (True, [3.0, 2.0, float("nan"), 2.5], [0, 1, 1, 1])],
+)
+def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
+    network, validator = torch.nn.Linear(1, 1), Engine(lambda *_: None)
+    handler = BestWeights({"model.pt": network}, tmp_path, "score", lower_is_better)
+    handler.attach(validator)
+    for epoch, value in enumerate(values):
+        torch.nn.init.constant_(network.weight, epoch)
+        validator.state.metrics["score"] = value
+        validator.fire_event(Events.COMPLETED)
+        assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"] == kept[epoch]
+    again = BestWeights({}, tmp_path, "score", lower_is_better)
+    again.load_state_dict(handler.state_dict())
+    assert again.best == handler.best
