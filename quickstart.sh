@@ -45,7 +45,7 @@ segment() { # name, options of training
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --label_fraction 0.34 \
     --output_dir "$run/$name" --ckpt_dir "$run/$name/models" \
-    --batch_size 2 --crops_per_volume 1 --epochs 30 --val_interval 10 --learning_rate 0.003 "$@"
+    --batch_size 2 --crops_per_volume 1 --epochs 30 --val_interval 10 "$@"
   python -m monai.bundle run evaluating \
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml','$btcv/configs/evaluate.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --evaluated test \

@@ -31,7 +31,7 @@ OWN_KEYS = {
         *("spacing", "percentiles", "window", "foreground", "intensity"),
     },
     "evaluate": {"surface_tolerance", "empty"},
-    "small": {"spacing", "roi_size", "learning_rate"},
+    "small": {"spacing", "roi_size"},
     "swin_unetr": {"roi_size", "network_def"},
     "multi_gpu_train": set(),
     "flips": {"flip_axes"},
