@@ -45,15 +45,15 @@ segment() { # name, options of training
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --label_fraction 0.34 \
     --output_dir "$run/$name" --ckpt_dir "$run/$name/models" \
-    --batch_size 2 --crops_per_volume 1 --epochs 30 --val_interval 10 "$@"
+    --batch_size 2 --crops_per_volume 1 --roi_size "[48,48,48]" --epochs 25 --val_interval 25 "$@"
   python -m monai.bundle run evaluating \
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml','$btcv/configs/evaluate.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --evaluated test \
-    --output_dir "$run/$name" --ckpt_dir "$run/$name/models"
+    --output_dir "$run/$name" --ckpt_dir "$run/$name/models" --roi_size "[48,48,48]"
   python -m monai.bundle run inferring \
     --config_file "['$btcv/configs/inference.yaml','$btcv/configs/small.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" \
-    --output_dir "$run/$name" --ckpt_path "$run/$name/models/model.pt"
+    --output_dir "$run/$name" --ckpt_path "$run/$name/models/model.pt" --roi_size "[48,48,48]"
 }
 segment scratch
 segment pretrained --pretrained $run/models/backbone.pt
