@@ -17,6 +17,8 @@ SHARED_DATA = ROOT.parent / "shared/data"
 # tests that start processes or train
 SLOW = (
     "test_configs",
+    "test_verify",
+    "test_release",
     "test_seg_configs",
     "test_hybridmim",
     "test_learning",
@@ -26,6 +28,8 @@ SLOW = (
     "test_resume",
     "test_seg_commands",
     "test_seg_training",
+    "test_seg_inference",
+    "test_install",
 )
 
 

@@ -10,16 +10,22 @@ from tools.check import check
 from tools.comparison import compare
 from tools.datalist import brats, btcv, msd, pretrain
 from tools.figures import curves_figure
+from tools.install import install
+from tools.release import release
 from tools.sample_data import sample_data
 from tools.transfer import inspect
+from tools.verify import verify
 
 COMMANDS = {
     "check": check,
     "compare": compare,
     "datalist": {"pretrain": pretrain, "btcv": btcv, "brats": brats, "msd": msd},
     "figures": curves_figure,
+    "install": install,
+    "release": release,
     "sample_data": sample_data,
     "transfer": {"inspect": inspect},
+    "verify": verify,
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import yaml
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigExpression, ConfigParser
 
 from tools.files import atomic_path
 
@@ -30,6 +30,21 @@ def save_config(path: str | Path) -> None:
     config = {key: _resolved(parser, key, value) for key, value in parser.get().items() if key != "_meta_"}
     with atomic_path(path) as temporary, temporary.open("w") as file:
         yaml.safe_dump(config, file, sort_keys=False, width=110)
+
+
+def import_again() -> None:
+    """Evaluate a config's import statements once more, after its `path` was set: the first step of `initialize`.
+
+    A parser evaluates all imports before anything else. Those of `tools` fail then, silently, if a released bundle,
+    which holds `tools`, is run from another folder and `tools` is not installed. Called from a config.
+
+    Raises:
+        RuntimeError: not called from a config.
+    """
+    resolver = _calling_parser().ref_resolver
+    for name, item in resolver.items.items():
+        if isinstance(item, ConfigExpression) and item.is_import_statement(item.get_config()):
+            resolver.resolved_content[name] = item.evaluate()
 
 
 def truth(value: bool | str) -> bool:
