@@ -11,6 +11,7 @@ from tools.comparison import compare
 from tools.datalist import brats, btcv, msd, pretrain
 from tools.figures import curves_figure
 from tools.install import install
+from tools.monailabel import serve
 from tools.release import release
 from tools.sample_data import sample_data
 from tools.transfer import inspect
@@ -22,6 +23,7 @@ COMMANDS = {
     "datalist": {"pretrain": pretrain, "btcv": btcv, "brats": brats, "msd": msd},
     "figures": curves_figure,
     "install": install,
+    "monailabel": serve,
     "release": release,
     "sample_data": sample_data,
     "transfer": {"inspect": inspect},

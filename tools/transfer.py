@@ -124,7 +124,7 @@ class TransferReport:
     def lines(self) -> list[tuple[str, str]]:
         """Rows of the start table: the file, each module of the network, and the total."""
         if self.source is None:
-            return [("pretrained", "no file given, the network starts at random")]
+            return [("pretrained", "no file given")]
         modules: dict[str, list[TensorFate]] = {}
         for tensor in self.tensors:
             modules.setdefault(_module(tensor.name), []).append(tensor)

@@ -97,7 +97,7 @@ def test_the_start_table_says_what_will_be_done(trained, samples):
     _, said = trained
     assert "4 for training, 1 for validation" in said
     assert "anterior 1, posterior 2" in said
-    assert "BasicUNet" in said and "the network starts at random" in said
+    assert "BasicUNet" in said and "no file given" in said
     assert "validation, epoch 2: mean_dice" in said and "dice_posterior" in said
 
 

@@ -62,7 +62,7 @@ def test_no_file_leaves_the_network_at_random():
     before = copied(network)
     transfer = load_pretrained(network, None)
     assert transfer.network is network
-    assert transfer.report.lines() == [("pretrained", "no file given, the network starts at random")]
+    assert transfer.report.lines() == [("pretrained", "no file given")]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
