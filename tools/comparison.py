@@ -104,7 +104,7 @@ def _draw(path: Path, image: str, label: str, runs: dict[str, Path]) -> None:
             raise ScanError(
                 f"{files[name]}: found the shape {tuple(found.shape[1:])}, expected {tuple(scan.shape[1:])} as {image}"
             )
-    together = MetaTensor(torch.cat([scan[:1], *maps.values()]), affine=scan.affine)
+    together = MetaTensor(torch.cat([v.as_tensor() for v in (scan[:1], *maps.values())]), affine=scan.affine)
     turned = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(together)
     volumes = turned.as_tensor()
     segmentation_figure(
