@@ -223,8 +223,8 @@ class BestWeights:
         self.weights = weights
         self.ckpt_dir = Path(ckpt_dir)
         self.metric = metric
-        self.sign = -1 if lower_is_better else 1
-        self.best = -math.inf  # higher is better
+        self.lower_is_better = lower_is_better
+        self.best = math.inf if lower_is_better else -math.inf
 
     def attach(self, engine: Engine) -> None:
         """Attach to the validator."""
@@ -232,8 +232,9 @@ class BestWeights:
 
     def __call__(self, validator: Engine) -> None:
         """Compare, and write if better (rank 0 only)."""
-        value = self.sign * validator.state.metrics[self.metric]
-        if not value > self.best:
+        value = validator.state.metrics[self.metric]
+        better = value < self.best if self.lower_is_better else value > self.best
+        if not better:  # nor if it is not a number
             return
         self.best = value
         if idist.get_rank() > 0:

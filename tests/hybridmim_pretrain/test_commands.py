@@ -108,7 +108,7 @@ def test_training_writes_checkpoints_that_hold_no_code(trained):
     assert set(last) == {"model", "optimizer", "lr_scheduler", "trainer", "random", "best"}
     assert set(last["model"]) == set(content["model.pt"])
     losses = [float(row["val_loss"]) for row in read_metrics(trained[0] / "out/metrics.csv")]
-    assert last["best"]["loss"] == pytest.approx(min(losses), rel=1e-4)
+    assert last["best"]["best"] == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_the_backbone_loads_into_the_network_of_monai(trained):

@@ -117,7 +117,7 @@ def edit_checkpoint(path, edit):
 @pytest.mark.parametrize(("best", "replaced"), [(-1.0, False), (1e9, True)])
 def test_only_a_better_validation_replaces_the_best_weights(train, tmp_path, best, replaced):
     train(epochs=2)
-    edit_checkpoint(tmp_path / "models/checkpoint_epoch=2.pt", lambda content: content["best"].update(best=-best))
+    edit_checkpoint(tmp_path / "models/checkpoint_epoch=2.pt", lambda content: content["best"].update(best=best))
     before = {name: (tmp_path / "models" / name).read_bytes() for name in ("model.pt", "backbone.pt")}
     train(epochs=3, resume=True)
     assert len(read_metrics(tmp_path / "out/metrics.csv")) == 3
