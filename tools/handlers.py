@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import ignite.distributed as idist
 import torch
@@ -306,8 +307,11 @@ class StopOnBadLoss:
 
 
 def newest_checkpoint(ckpt_dir: str | Path) -> Path | None:
-    """The `checkpoint_epoch=N.pt` with the highest N, if any."""
-    found = Path(ckpt_dir).glob("checkpoint_epoch=*.pt")
+    """The complete `checkpoint_epoch=N.pt` with the highest N, if any.
+
+    A run that was killed while it wrote leaves half a file, which has not the end of the archive that torch writes.
+    """
+    found = (path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if is_zipfile(path))
     return max(found, key=lambda path: int(path.stem.partition("=")[2]), default=None)
 
 

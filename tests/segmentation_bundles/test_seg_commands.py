@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.handlers import read_metrics
+from tools.handlers import newest_checkpoint, read_metrics
 from tools.segmentation import label_values
 
 from .bundles import NAMES, ROOT, TINY, TINY_TRAINING, bundle, config_files, places, read, sizes
@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, r
         line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 200
-    while not list((broken / "models").glob("checkpoint_epoch=*.pt")) and time.monotonic() < deadline:
+    while newest_checkpoint(broken / "models") is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -127,7 +127,7 @@ def test_gradients_are_clipped_to_their_joint_norm():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     for epoch in (2, 10):
-        (tmp_path / f"checkpoint_epoch={epoch}.pt").touch()
+        torch.save({"epoch": epoch}, tmp_path / f"checkpoint_epoch={epoch}.pt")
     trainer = FakeTrainer("cpu", 1, [0], decollate=False)
 
     def step(engine, _batch):
@@ -145,8 +145,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
 
 def test_newest_checkpoint_counts_epochs(tmp_path):
     assert newest_checkpoint(tmp_path) is None
-    for epoch in (9, 10, 2):
-        (tmp_path / f"checkpoint_epoch={epoch}.pt").touch()
+    for epoch in (9, 10, 2, 11):
+        torch.save({"epoch": epoch}, tmp_path / f"checkpoint_epoch={epoch}.pt")
+    half = tmp_path / "checkpoint_epoch=11.pt"  # as a killed run leaves it
+    half.write_bytes(half.read_bytes()[:-100])
     assert newest_checkpoint(tmp_path).name == "checkpoint_epoch=10.pt"
 
 
