@@ -13,7 +13,7 @@ from torch import nn
 from tools.cases import absent_classes
 from tools.inspection import Scan
 from tools.scans import paths_of
-from tools.segmentation import Classes, label_values
+from tools.segmentation import Classes, label_values, require_activation
 from tools.start import (
     require_cache_room,
     require_resumable,
@@ -102,6 +102,7 @@ def start_training(
     channels: int,
     modalities: Sequence[str] | None,
     classes: Classes,
+    activation: str,
     label_fraction: float,
     workers: int,
     remember: str,
@@ -125,6 +126,7 @@ def start_training(
         channels: of the network's input.
         modalities: names of the channels in their order, or None.
         classes: name → label values.
+        activation: softmax or sigmoid.
         label_fraction: that `training` is of all training cases, for the table.
         workers: that read cases.
         remember: file of the cases that were checked before.
@@ -144,9 +146,11 @@ def start_training(
         ScanError: cases cannot be used.
         WeightsError: the checkpoint to resume from is missing or of another network.
         OSError: no room for the cache.
-        ValueError: the window does not fit the network, or there are fewer cases than processes.
+        ValueError: the window does not fit the network, the classes do not fit the activation, or there are fewer
+            cases than processes.
     """
     require_roi(roi_size, stride)
+    require_activation(activation, classes)
     for name, found in (("training", len(training)), ("validation", len(validation))):
         if found < world_size:
             raise ValueError(f"{found} {name} case(s) for {world_size} process(es); expected at least one for each")

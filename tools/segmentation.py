@@ -63,14 +63,21 @@ def label_map(masks: Sequence[Tensor], classes: Classes) -> Tensor:
     return painted[None]
 
 
-def require_activation(activation: str) -> str:
-    """One of `ACTIVATIONS`.
+def require_activation(activation: str, classes: Classes) -> str:
+    """One of `ACTIVATIONS`, and classes that it can tell apart.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not; or, under softmax, the k-th class is not made of the label value k alone, so that the
+            network's channels and the label map would mean different classes.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: found {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    expected = {name: [k] for k, name in enumerate(classes, start=1)}
+    if activation == "softmax" and {name: list(values) for name, values in classes.items()} != expected:
+        raise ValueError(
+            f"classes: found {dict(classes)}, expected label values that count from 1 in their order, as {expected}: "
+            "softmax takes the label value for the channel"
+        )
     return activation
 
 
@@ -105,7 +112,7 @@ class ToMasksd(Transform):
 
     def __init__(self, classes: Classes, activation: str) -> None:
         self.classes = dict(classes)
-        self.activation = require_activation(activation)
+        self.activation = require_activation(activation, classes)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Replace both."""
@@ -135,7 +142,7 @@ class ToLabelMapd(Transform):
     def __init__(self, classes: Classes, activation: str, transform: Callable, probabilities: bool = False) -> None:
         self.classes = dict(classes)
         self.own = own_values(classes)
-        self.activation = require_activation(activation)
+        self.activation = require_activation(activation, classes)
         self.probabilities = probabilities
         self.invert = Invertd(keys="pred", orig_keys="image", transform=transform, nearest_interp=False)
 

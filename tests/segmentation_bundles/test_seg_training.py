@@ -191,6 +191,12 @@ def test_a_class_that_no_training_case_holds_is_told(train, damaged, capsys):
     assert "no training case holds posterior" in capsys.readouterr().out
 
 
+def test_classes_that_are_not_the_channels_stop_the_start(train):
+    with pytest.raises(RuntimeError) as error:
+        train(classes={"posterior": [2], "anterior": [1]}).run()
+    assert "label values that count from 1 in their order" in str(root_cause(error.value))
+
+
 def test_missing_modality_of_a_case_is_named(samples, workflow, tmp_path):
     shutil.copytree(samples("brats"), tmp_path / "data")
     next((tmp_path / "data").rglob("*_t1ce.nii.gz")).unlink()

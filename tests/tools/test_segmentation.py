@@ -56,6 +56,13 @@ def test_an_unknown_activation_is_refused():
         ToMasksd(ORGANS, "tanh")
 
 
+@pytest.mark.parametrize("classes", [{"liver": [6]}, {"tumour": [2], "liver": [1]}, {"liver": [1, 2]}])
+def test_softmax_refuses_classes_whose_values_are_not_their_channels(classes):
+    """They would be trained as one class and counted as another."""
+    with pytest.raises(ValueError, match="expected label values that count from 1 in their order"):
+        ToMasksd(classes, "softmax")
+
+
 def test_dice_bce_is_the_sum_of_both_for_each_class_by_itself():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, 6)
