@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 import venv
@@ -25,7 +24,6 @@ from packaging.requirements import Requirement
 from tools.install import InstallError, install
 from tools.release import release
 from tools.sample_data import sample_data
-from tools.verify import BUNDLES
 
 NAME = "hybridmim_hippocampus_seg"
 TINY = {"unet_features": [4, 4, 8, 8, 16, 4], "roi_size": [32, 32, 32]}
@@ -47,13 +45,6 @@ class Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """A copy of all bundles, without what runs may have left in them."""
-    folder = tmp_path_factory.mktemp("sources") / "bundles"
-    return Path(shutil.copytree(BUNDLES, folder, ignore=shutil.ignore_patterns("models", "eval", "__pycache__")))
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,6 @@ NOT_IN_A_RUN = {"jsonschema"}  # verify does without
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """A copy of all bundles, without what runs may have left in them."""
-    folder = tmp_path_factory.mktemp("sources") / "bundles"
-    return Path(shutil.copytree(BUNDLES, folder, ignore=shutil.ignore_patterns("models", "eval", "__pycache__")))
-
-
-@pytest.fixture(scope="module")
 def dist(sources, tmp_path_factory):
     """All bundles, released."""
     folder = tmp_path_factory.mktemp("dist")
