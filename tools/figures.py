@@ -43,6 +43,7 @@ TERMS = {  # of the loss; others appear under their column's name
     "loss_loc": "location of masked patches",
     "loss_con": "consistency",
     "loss_cl": "contrastive",
+    "loss_l1": "absolute error of masked voxels",
 }
 COMPARISONS = (  # title, y axis, metric, what it has to beat (a column or a constant) and that one's name
     ("masked voxels", "mean squared error", "val_masked_mse", "val_mean_mse", "mean of the visible"),
@@ -133,6 +134,38 @@ def reconstruction_figure(
     bar = figure.colorbar(drawn, cax=figure.add_axes((0.928, 0.15, 0.013, 0.6)), extend="max")
     bar.set_label(f"absolute error, scale 0 to {largest:.3g}", fontsize=10)
     bar.ax.tick_params(labelsize=9)
+    _title(figure, title)
+    _save(figure, path)
+
+
+def views_figure(
+    path: str | Path,
+    first: Volume,
+    second: Volume,
+    *,
+    title: str,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:
+    """Draw two views of one scan, which a contrastive method takes for the same, in three planes (PNG).
+
+    Args:
+        path: file to write; parent folders are made, and a reader never sees half a file.
+        first: one channel [H, W, D] in RAS axes, intensities 0 to 1.
+        second: the same of the other view.
+        title: the figure's heading.
+        spacing: voxel size in mm along H, W and D.
+
+    Raises:
+        ValueError: a view is not [H, W, D], or the shapes differ.
+    """
+    first, second = (torch.as_tensor(view).detach().cpu().float().numpy() for view in (first, second))
+    if first.ndim != 3 or first.shape != second.shape:
+        raise ValueError(f"views: got shapes {first.shape} and {second.shape}, expected one and the same [H, W, D]")
+    pictures = {"first view": mid_planes(first), "second view": mid_planes(second)}
+    figure, rows = _three_planes(list(pictures), first.shape, spacing, width=0.35 + 2.8 * 2, right=1.0, picture=2.75)
+    for plane, aspect, row in rows:
+        for axes, view in zip(row, pictures.values(), strict=True):
+            axes.imshow(view[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     _title(figure, title)
     _save(figure, path)
 

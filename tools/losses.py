@@ -1,4 +1,6 @@
-"""The loss of HybridMIM: three levels of learning, five terms (arXiv 2303.10333, Fig. 1).
+"""The losses of pre-training.
+
+HybridMIM has three levels of learning and five terms (arXiv 2303.10333, Fig. 1):
 
 pixel   `loss_pr`   partial region prediction: mean squared error of the masked voxels that were decoded
 region  `loss_num`  how many patches of a region are masked
@@ -6,7 +8,8 @@ region  `loss_num`  how many patches of a region are masked
         `loss_con`  that the two answers agree
 sample  `loss_cl`   two encodings of one crop, with different dropout, find each other among all crops
 
-Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum.
+Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum. The losses of the other methods stand
+at the end: `MaskedL1Loss` of MAE and SimMIM, `ContrastiveLoss` of SimCLR.
 
 The targets are derived from the mask, so there is nothing to store: the mask has one entry for each patch,
 the predictions one for each region, and the patches of a region are the ones inside its box.
@@ -23,13 +26,16 @@ from torch import Tensor, nn
 
 
 class Prediction(NamedTuple):
-    """What one pre-training step predicts for a batch of B crops, C channels and M patches per region."""
+    """What one pre-training step predicts for a batch of B crops, C channels and M patches per region.
 
-    reconstruction: Tensor  # [B, C, h, w, d] intensities in (0, 1) of the decoded box
-    box: tuple[slice, slice, slice]  # where that box lies in the crop (voxels)
-    number: Tensor  # [B, M + 1, R1, R2, R3] logits: 0 … M masked patches in each region
-    location: Tensor  # [B, M, R1, R2, R3] logits: is this patch of the region masked?
-    views: tuple[Tensor, Tensor] | None  # two [N, E] projections of N crops (of all ranks), or not asked for
+    HybridMIM predicts all of it; another method leaves out what it does not ask for.
+    """
+
+    reconstruction: Tensor | None = None  # [B, C, h, w, d] intensities of the decoded box
+    box: tuple[slice, slice, slice] | None = None  # where that box lies in the crop (voxels)
+    number: Tensor | None = None  # [B, M + 1, R1, R2, R3] logits: 0 … M masked patches in each region
+    location: Tensor | None = None  # [B, M, R1, R2, R3] logits: is this patch of the region masked?
+    views: tuple[Tensor, Tensor] | None = None  # two [N, E] projections of N crops (of all ranks)
 
 
 def inside(image: Tensor) -> Tensor:
@@ -205,3 +211,37 @@ class HybridMIMLoss(nn.Module):
             "loss_cl": self.contrastive(*prediction.views) if prediction.views else image.new_zeros(()),
         }
         return {"loss": sum(self.weights[name] * term for name, term in terms.items()), **terms}
+
+
+class MaskedL1Loss(nn.Module):
+    """The loss of MAE and SimMIM on raw voxels: mean absolute error over masked voxels (arXiv 2111.09886, Eq. 2).
+
+    MAE was published with the squared error; MIM-Med3D (arXiv 2204.11716) takes the absolute one for both.
+    """
+
+    weights = {"loss_l1": 1.0}  # noqa: RUF012
+
+    def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`loss` and, the same, `loss_l1`: image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalars."""
+        counted = expand_mask(mask, image.shape[2:]) & inside(image)
+        loss = _mean((prediction.reconstruction.float() - image).abs(), counted)
+        return {"loss": loss, "loss_l1": loss}
+
+
+class ContrastiveLoss(nn.Module):
+    """The loss of SimCLR: NT-Xent between the two views of each crop (arXiv 2002.05709, Eq. 1).
+
+    Args:
+        temperature: of NT-Xent.
+    """
+
+    weights = {"loss_cl": 1.0}  # noqa: RUF012
+
+    def __init__(self, temperature: float = 0.5) -> None:
+        super().__init__()
+        self.contrastive = NTXentLoss(temperature)
+
+    def forward(self, prediction: Prediction, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """`loss` and, the same, `loss_cl`, as scalars; the views are all that counts."""
+        loss = self.contrastive(*prediction.views)
+        return {"loss": loss, "loss_cl": loss}

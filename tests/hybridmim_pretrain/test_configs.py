@@ -20,6 +20,7 @@ from tools.handlers import read_metrics
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE
 
 OVERLAYS = ("swin_unetr", "mri", "small")
+METHODS = ("mae", "simmim", "simclr")
 ORDERS = [order for n in range(4) for order in itertools.permutations(OVERLAYS, n)]
 EVERY_ORDER = pytest.mark.parametrize("overlays", ORDERS, ids="+".join)
 
@@ -93,10 +94,17 @@ SHARED_KEYS = [
     "mask_scheme",
     "mask_fill",
     "in_channels",
+    "stride",
     "unet_features",
     "swin_feature_size",
+    "vit_hidden_size",
+    "vit_mlp_size",
+    "vit_heads",
     "dropout",
     "dropout_stages",
+    "unet",
+    "vit",
+    "usual_backbone",
     "backbone",
     "geometry",
     "network_def",
@@ -128,10 +136,10 @@ def test_the_names_of_the_contract_are_there(name, keys):
     assert set(keys) <= set(read(name))
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, "multi_gpu_train", "evaluate"])
+@pytest.mark.parametrize("name", [*OVERLAYS, "vit", *METHODS, "multi_gpu_train", "evaluate"])
 def test_an_overlay_sets_known_names_only(name):
     overlay = read(name)
-    known = set(read("train"))
+    known = {*read("train"), *read("inference"), *(read("mae") if name == "small" else ())}
     text = (ROOT / BUNDLE / f"configs/{name}.yaml").read_text()
     own = {key for key in overlay if re.search(rf"@{key}\b", text)}  # the overlay itself refers to it
     own |= {"evaluate": {"validate#handlers", "evaluating"}, "multi_gpu_train": {"finalize"}}.get(name, set())
@@ -260,8 +268,16 @@ def test_overlays_combine_in_any_order(parse, ct_scans, base, overlays):
         assert 0.9 < data["image"].max() <= 1
 
 
+WITH_METHODS = [
+    order
+    for method in METHODS
+    for others in ((), ("small",), ("swin_unetr", "small"), ("mri", "small", "swin_unetr"))
+    for order in itertools.permutations((method, *others))
+]
+
+
 @pytest.mark.parametrize("base", ["train", "inference"])
-@EVERY_ORDER
+@pytest.mark.parametrize("overlays", [*ORDERS, *WITH_METHODS], ids="+".join)
 def test_every_order_gives_the_same_values(parse, base, overlays):
     def values(order):
         return {key: value for key, value in parse([base, *order]).get().items() if key != "_meta_"}

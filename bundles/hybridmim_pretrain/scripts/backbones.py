@@ -120,6 +120,11 @@ class SwinUNETRBackbone(SwinUNETR):
         super().__init__(in_channels, in_channels, feature_size=feature_size, drop_rate=dropout)
         self.bottleneck_channels = 16 * feature_size
 
+    @property
+    def token_embedding(self) -> nn.Conv3d:
+        """The convolution that makes tokens of voxels, [B, C, H, W, D] → [B, F, H/2, W/2, D/2]."""
+        return self.swinViT.patch_embed.proj
+
     def encode(self, image: Tensor) -> list[Tensor]:
         """[B, C, H, W, D] → the image and five levels [B, F, H/s, W/s, D/s] for s in 2, 4, 8, 16, 32."""
         self._check_input_size(image.shape[2:])

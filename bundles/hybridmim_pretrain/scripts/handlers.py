@@ -7,14 +7,16 @@ from pathlib import Path
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from tools.figures import reconstruction_figure
+from tools.figures import reconstruction_figure, views_figure
 from tools.losses import expand_mask, inside
 
 from .masking import apply_mask
 
 
-class ReconstructionFigure:
-    """Draws the first validation crop after every validation: input, masked, reconstruction, error in three planes.
+class ValidationFigure:
+    """Draws the first validation crop after every validation, in three planes.
+
+    That is: input, masked, reconstruction and error; or, of a method that masks nothing, the two views.
 
     Args:
         figure_dir: folder of the pictures, one PNG for each validation.
@@ -33,14 +35,21 @@ class ReconstructionFigure:
     def __call__(self, validator: Engine) -> None:
         """Draw the first crop of this batch (its first channel)."""
         (output,) = validator.state.output
+        batch, epoch = validator.state.batch, validator.state.epoch
+        labels = {
+            "title": f"{Path(batch['file'][0]).name}, epoch {epoch}",
+            "spacing": tuple(batch["spacing"][0].tolist()),
+        }
+        if output["mask"] is None:
+            first, second = output["image"][:2, 0].cpu()
+            views_figure(self.figure_dir / f"views_epoch={epoch:04d}.png", first, second, **labels)
+            return
         image, mask = output["image"][:1], output["mask"][:1]
-        batch = validator.state.batch
         reconstruction_figure(
-            self.figure_dir / f"reconstruction_epoch={validator.state.epoch:04d}.png",
+            self.figure_dir / f"reconstruction_epoch={epoch:04d}.png",
             image[0, 0].cpu(),
             apply_mask(image, mask, self.mask_fill)[0, 0].cpu(),
             output["pred"].reconstruction[0, 0].float().cpu(),
             counted=(expand_mask(mask, image.shape[2:]) & inside(image))[0, 0].cpu(),
-            title=f"{Path(batch['file'][0]).name}, epoch {validator.state.epoch}",
-            spacing=tuple(batch["spacing"][0].tolist()),
+            **labels,
         )

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools.losses import Prediction
 
 from .backbones import Backbone, Box, dropout_active, pooled, whole
-from .masking import Geometry, apply_mask
+from .gathering import gather
+from .masking import Geometry, RandPatchMaskd, apply_mask, by
 
 
 class HybridMIM(nn.Module):
@@ -32,10 +31,20 @@ class HybridMIM(nn.Module):
         backbone: `UNetBackbone` or `SwinUNETRBackbone`.
         geometry: gives the regions, and M, the patches in each.
         projection_size: length of the vector that stands for a crop in the contrastive term.
+
+    Raises:
+        ValueError: the backbone has no decoder, or another stride than the geometry.
     """
 
     def __init__(self, backbone: Backbone, geometry: Geometry, projection_size: int = 384) -> None:
         super().__init__()
+        if not hasattr(backbone, "decode"):
+            raise ValueError(
+                f"HybridMIM trains a decoder: found a {type(backbone).__name__}, which has none; expected a UNet or "
+                "SwinUNETR (ViT: simmim.yaml, mae.yaml, simclr.yaml)"
+            )
+        if geometry.stride != backbone.stride:
+            raise ValueError(f"stride: found {geometry.stride}, the {type(backbone).__name__} has {backbone.stride}")
         m1, m2, m3 = geometry.patches_per_region
         patches = m1 * m2 * m3
         self.backbone = backbone
@@ -78,6 +87,8 @@ class PretrainStep(nn.Module):
         ValueError: `decode_box` is neither, or not aligned, or does not fit into the crop.
     """
 
+    views = 1  # images of a crop in a batch
+
     def __init__(
         self,
         network_def: HybridMIM,
@@ -92,6 +103,7 @@ class PretrainStep(nn.Module):
         self.decode_box = decode_box
         self.contrastive = contrastive
         self.mask_fill = mask_fill
+        self.leaves_unused = not contrastive  # the projection
         self._check_decode_box()
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
@@ -130,6 +142,11 @@ class PretrainStep(nn.Module):
             start = self.decode_box
         return tuple(slice(s, s + d) for s, d in zip(start, g.decode_size, strict=True))
 
+    def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
+        """What it does, for the start table."""
+        g = self.geometry
+        return [("masking", f"{mask.describe()}; regions of {by(g.region_size)}; decoded box {by(g.decode_size)}")]
+
     def _check_decode_box(self) -> None:
         g = self.geometry
         if self.decode_box == "random":
@@ -144,29 +161,3 @@ class PretrainStep(nn.Module):
             raise ValueError(
                 f"decode_box {list(self.decode_box)}: {expected}{list(g.decode_size)} in roi_size {list(g.roi_size)}"
             )
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenation over all processes; in the backward pass each gets the gradients of all for its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(projection: Tensor) -> Tensor:
-    """Projections of all processes, [B, E] → [ranks × B, E], with gradients to where they came from.
-
-    Every process must have the same number of crops B.
-    """
-    if dist.is_available() and dist.is_initialized():
-        return _Gather.apply(projection)
-    return projection

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.transforms import Compose, Randomizable, Transform
 from scipy.optimize import brentq
 from torch import Tensor
 
-from tools.losses import expand_mask
+from tools.losses import expand_mask, inside
 
 MASK_SCHEMES = ("two_level", "uniform")
 Size = tuple[int, int, int]
@@ -35,7 +36,7 @@ class Geometry:
     region_size: Sequence[int]  # a sub-volume of the crop, whose masked patches are counted and located
     patch_size: Sequence[int]  # the cube that is masked as a whole
     decode_size: Sequence[int]  # the box of the crop that is reconstructed in training
-    stride: int  # of the bottleneck: 16 for UNet, 32 for SwinUNETR
+    stride: int  # of the bottleneck: 16 for UNet and ViT, 32 for SwinUNETR
 
     def __post_init__(self) -> None:
         for key in ("roi_size", "region_size", "patch_size", "decode_size"):
@@ -71,6 +72,16 @@ class Geometry:
 def apply_mask(image: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
     """Fill the masked patches of image [B, C, H, W, D] by mask [B, 1, P1, P2, P3]; all channels alike."""
     return torch.where(expand_mask(mask, image.shape[2:]), fill, image)
+
+
+def empty_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Patches that hold nothing but 0, which are masked or padding: [B, C, H, W, D] → bool [B, 1, P1, P2, P3]."""
+    return F.max_pool3d(inside(image).float(), tuple(patch_size)) == 0
+
+
+def by(size: Sequence[int]) -> str:
+    """A size in words: 16×16×16."""
+    return "×".join(map(str, size))
 
 
 class RandPatchMaskd(Randomizable, Transform):
@@ -116,6 +127,10 @@ class RandPatchMaskd(Randomizable, Transform):
                 f"{list(self.geometry.region_size)} along each axis"
             )
         return {**data, "mask": torch.from_numpy(self.draw(size)[None])}
+
+    def describe(self) -> str:
+        """What is masked, in words."""
+        return f"{self.mask_scheme}, {self.mask_ratio:g} of the patches of {by(self.geometry.patch_size)}"
 
     def draw(self, size: Sequence[int]) -> np.ndarray:
         """A mask for a volume of `size` voxels: bool [P1, P2, P3]."""

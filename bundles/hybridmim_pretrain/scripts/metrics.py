@@ -1,4 +1,4 @@
-"""Validation metrics of HybridMIM, each beside what a network that learnt nothing would reach.
+"""Validation metrics of pre-training, each beside what a network that learnt nothing would reach.
 
 | metric               | beside              | which is                                                        |
 | `masked_mse`, `psnr` | `mean_mse`          | predicting the mean of the crop's visible voxels                |
@@ -28,6 +28,8 @@ AUROC_BINS = 2048
 class PretrainMetrics(Metric):
     """All metrics of a validation, over all processes; each is put into `engine.state.metrics` by its own name.
 
+    HybridMIM has all; MAE and SimMIM have those of the reconstruction, SimCLR those of the retrieval.
+
     Masked voxels, regions and patches are counted as in the loss: what is padding does not count.
     """
 
@@ -46,8 +48,10 @@ class PretrainMetrics(Metric):
         for name, value in batch.items():
             if name.startswith("loss"):
                 self._add(name, value * len(image))
-        self._reconstruction(prediction, image, mask)
-        self._regions(prediction, image, mask)
+        if prediction.reconstruction is not None:
+            self._reconstruction(prediction, image, mask)
+        if prediction.number is not None:
+            self._regions(prediction, image, mask)
         if prediction.views:
             self._views.append(torch.stack(prediction.views, dim=1).float())
 
@@ -80,20 +84,23 @@ class PretrainMetrics(Metric):
     def compute(self) -> dict[str, float]:
         """All metrics as numbers."""
         s = {name: idist.all_reduce(value.to(idist.device())).cpu() for name, value in self._sums.items()}
-        mse, patches = (
-            s["squared_error"] / s["masked_voxels"],
-            s["scores_masked"].sum() + s["scores_visible"].sum(),
-        )
-        metrics = {name: s[name] / s["crops"] for name in s if name.startswith("loss")} | {
-            "masked_mse": mse,
-            "mean_mse": s["squared_error_of_mean"] / s["masked_voxels"],
-            "psnr": -10 * mse.log10(),  # dB, for intensities of 0 to 1
-            "number_accuracy": s["numbers_right"] / s["numbers"].sum(),
-            "number_majority": s["numbers"].max() / s["numbers"].sum(),
-            "location_accuracy": s["locations_right"] / patches,
-            "location_majority": torch.maximum(s["scores_masked"].sum(), s["scores_visible"].sum()) / patches,
-            "location_auroc": auroc(s["scores_masked"], s["scores_visible"]),
-        }
+        metrics = {name: s[name] / s["crops"] for name in s if name.startswith("loss")}
+        if "squared_error" in s:
+            mse = s["squared_error"] / s["masked_voxels"]
+            metrics |= {
+                "masked_mse": mse,
+                "mean_mse": s["squared_error_of_mean"] / s["masked_voxels"],
+                "psnr": -10 * mse.log10(),  # dB, for intensities of 0 to 1
+            }
+        if "numbers" in s:
+            patches = s["scores_masked"].sum() + s["scores_visible"].sum()
+            metrics |= {
+                "number_accuracy": s["numbers_right"] / s["numbers"].sum(),
+                "number_majority": s["numbers"].max() / s["numbers"].sum(),
+                "location_accuracy": s["locations_right"] / patches,
+                "location_majority": torch.maximum(s["scores_masked"].sum(), s["scores_visible"].sum()) / patches,
+                "location_auroc": auroc(s["scores_masked"], s["scores_visible"]),
+            }
         if self._views:
             views = evenly_divisible_all_gather(torch.cat(self._views))
             metrics["retrieval_accuracy"] = retrieval_accuracy(views[:, 0], views[:, 1])

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.transforms import Transform
+from torch import nn
 
 from tools.inspection import Scan
-from tools.losses import HybridMIMLoss
+from tools.losses import ContrastiveLoss, HybridMIMLoss, MaskedL1Loss
 from tools.start import (
     require_cache_room,
     require_resumable,
@@ -20,7 +22,9 @@ from tools.start import (
 )
 
 from .hybridmim import PretrainStep
-from .masking import RandPatchMaskd
+from .masking import by
+from .simclr import SimCLRStep
+from .steps import ReconstructionStep
 
 
 def start_training(
@@ -30,9 +34,10 @@ def start_training(
     channels: int,
     workers: int,
     remember: str,
-    step: PretrainStep,
-    loss: HybridMIMLoss,
-    mask: RandPatchMaskd,
+    step: PretrainStep | ReconstructionStep | SimCLRStep,
+    loss: HybridMIMLoss | MaskedL1Loss | ContrastiveLoss,
+    backbone: nn.Module,
+    mask: Transform,
     crops: int,
     crops_per_volume: int,
     world_size: int,
@@ -52,7 +57,8 @@ def start_training(
         remember: file of the scans that were checked before.
         step: the step that is trained.
         loss: its loss.
-        mask: how masks are drawn.
+        backbone: what `backbone.pt` will hold.
+        mask: the last random transform; of methods that mask, how masks are drawn.
         crops: in a batch of one process.
         crops_per_volume: crops from each scan.
         world_size: number of processes.
@@ -65,8 +71,9 @@ def start_training(
         ScanError: scans cannot be used.
         WeightsError: the checkpoint to resume from is missing or of another network.
         OSError: no room for the cache.
-        ValueError: the batch, or the number of scans, is too small.
+        ValueError: the batch, or the number of scans, is too small, or another network than the backbone is trained.
     """
+    _check_backbone(step.network_def, backbone)
     crops = min(crops, len(training) // world_size * crops_per_volume)
     _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
     resumed = require_resumable(resume_from, step.network_def) if resume_from else None
@@ -74,24 +81,20 @@ def start_training(
     cached = require_cache_room(scans, cache, cache_dir, spacing)
 
     network, g = step.network_def, step.geometry
-    size = {name: sum(p.numel() for p in m.parameters()) for name, m in network.named_children()}
-    image = torch.rand(crops, channels, *g.roi_size, device="meta")
+    size = {module: sum(p.numel() for p in module.parameters()) for module in (network, backbone)}
+    image = torch.rand(crops * step.views, channels, *g.roi_size, device="meta")
     patches = torch.zeros(crops, 1, *(r // p for r, p in zip(g.roi_size, g.patch_size, strict=True)), dtype=torch.bool)
     memory = training_memory(step, image, patches)
     say(
         [
             *scan_lines(scans[: len(training)], scans[len(training) :], left_out),
-            ("crops", f"{_by(g.roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
-            (
-                "masking",
-                f"{mask.mask_scheme}, {mask.mask_ratio:g} of the patches of {_by(g.patch_size)}; regions of "
-                f"{_by(g.region_size)}; decoded box {_by(g.decode_size)}",
-            ),
+            ("crops", f"{by(g.roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
+            *step.lines(mask),
             ("loss", ", ".join(f"{weight:g} {name}" for name, weight in loss.weights.items())),
             (
                 "network",
-                f"{type(network.backbone).__name__}, {size.pop('backbone') / 1e6:.2f} M parameters, "
-                f"heads {sum(size.values()) / 1e6:.2f} M",
+                f"{type(backbone).__name__}, {size[backbone] / 1e6:.2f} M parameters, "
+                f"heads {(size[network] - size[backbone]) / 1e6:.2f} M",
             ),
             (
                 "memory",
@@ -100,6 +103,14 @@ def start_training(
             ("weights", f"resumed from {resumed}" if resumed else "new, at random"),
         ]
     )
+
+
+def _check_backbone(network: nn.Module, backbone: nn.Module) -> None:
+    if not {*backbone.parameters()} <= {*network.parameters()}:
+        raise ValueError(
+            f"backbone: found a {type(backbone).__name__} that the {type(network).__name__} does not train; these "
+            "overlays do not go together (mae.yaml brings a network of its own)"
+        )
 
 
 def _check_batch(training: int, validation: int, crops: int, world_size: int, contrastive: bool) -> None:
@@ -111,9 +122,5 @@ def _check_batch(training: int, validation: int, crops: int, world_size: int, co
     if contrastive and crops * world_size < 2:
         raise ValueError(
             f"batch_size × crops_per_volume × processes is {crops} crop: the contrastive term has nothing to compare "
-            "it with; expected at least 2 (raise batch_size or crops_per_volume), or --weight_cl 0"
+            "it with; expected at least 2 (raise batch_size or crops_per_volume), or, for HybridMIM, --weight_cl 0"
         )
-
-
-def _by(size: Sequence[int]) -> str:
-    return "×".join(map(str, size))

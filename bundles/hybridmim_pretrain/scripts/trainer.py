@@ -18,6 +18,8 @@ def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str,
     """Image, mask, prediction and loss terms of one batch, on the engine's device."""
     image, mask = (
         convert_to_tensor(batch[key], track_meta=False).to(engine.state.device, non_blocking=engine.non_blocking)
+        if key in batch  # a method may mask nothing
+        else None
         for key in ("image", "mask")
     )
     with torch.autocast(engine.state.device.type, enabled=engine.amp, dtype=amp_dtype()):

@@ -1,0 +1,65 @@
+"""SimCLR (arXiv 2002.05709) on volumes, the rival of masked image modelling in MIM-Med3D (arXiv 2204.11716).
+
+    scan → two crops, each augmented → the same encoder → maximum over the bottleneck → two-layer head → two views
+
+The views of a scan find each other among those of all scans of the batch. The crops and their augmentation are
+transforms (`draw` in simclr.yaml).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tools.losses import Prediction
+
+from .backbones import Backbone, pooled
+from .gathering import gather
+from .masking import Geometry
+from .vit import ViTBackbone
+
+
+class SimCLR(nn.Module):
+    """An encoder and a head of two layers.
+
+    Args:
+        backbone: any; of one with a decoder, the decoder is not trained.
+        projection_size: length of the vector that stands for a view.
+    """
+
+    def __init__(self, backbone: Backbone | ViTBackbone, projection_size: int = 128) -> None:
+        super().__init__()
+        width = backbone.bottleneck_channels
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_size))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Crops [B, C, H, W, D] → one vector each, [B, E]."""
+        return self.head(pooled(self.backbone.encode(image)[-1]))
+
+
+class SimCLRStep(nn.Module):
+    """One step of SimCLR: the vectors of both views.
+
+    Args:
+        network_def: the network that is trained.
+        geometry: gives the size of a crop.
+    """
+
+    contrastive = True
+    views = 2  # a batch of N crops comes as 2N images: both views of the first, both of the second …
+    leaves_unused = True  # the backbone's decoder
+
+    def __init__(self, network_def: SimCLR, geometry: Geometry) -> None:
+        super().__init__()
+        self.network_def = network_def
+        self.geometry = geometry
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Prediction:
+        """Images [2N, C, H, W, D] → views, each [N, E] (in training, of all processes); nothing is masked."""
+        vectors = self.network_def(image)
+        views = vectors[0::2], vectors[1::2]
+        return Prediction(views=tuple(gather(view) for view in views) if self.training else views)
+
+    def lines(self, mask: object) -> list[tuple[str, str]]:
+        """What it does, for the start table."""
+        return [("views", "two crops of each scan, each augmented; nothing is masked")]
