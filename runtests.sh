@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Command 2: set-up, code style, every test. Arguments go to pytest: ./runtests.sh -k masking
+# Command 2: set-up, code style, every test, one process for each core. Arguments go to pytest: ./runtests.sh -k masking
 # ./runtests.sh --label: the tests of a real MONAI Label server, in an environment of their own (8 GB).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -21,4 +21,4 @@ fi
 . ./setup.sh
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest --numprocesses auto --dist loadfile "$@"

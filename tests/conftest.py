@@ -22,6 +22,7 @@ SLOW = (
     "test_seg_configs",
     "test_hybridmim",
     "test_learning",
+    "test_methods",
     "test_bad_input",
     "test_commands",
     "test_distributed",
@@ -29,7 +30,10 @@ SLOW = (
     "test_seg_commands",
     "test_seg_training",
     "test_seg_inference",
+    "test_seg_federated",
+    "test_seg_export",
     "test_install",
+    "test_study_smoke",
 )
 
 

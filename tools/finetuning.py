@@ -33,7 +33,7 @@ def parameter_groups(
     """Groups for the optimizer: the encoder at `learning_rate × encoder_lr_multiplier`, and the rest.
 
     Args:
-        network: `BasicUNet` or `SwinUNETR`.
+        network: `BasicUNet`, `SwinUNETR` or `UNETR`.
         learning_rate: of all but the encoder.
         weight_decay: of all.
         encoder_lr_multiplier: less than 1 keeps the encoder closer to its pre-trained weights.
@@ -59,7 +59,7 @@ class FreezeEncoder:
     cheaper, but `DistributedDataParallel` fixes at its start which ones do.)
 
     Args:
-        network: `BasicUNet` or `SwinUNETR`.
+        network: `BasicUNet`, `SwinUNETR` or `UNETR`.
         epochs: how many; 0 freezes nothing.
     """
 
@@ -83,7 +83,7 @@ def require_roi(roi_size: Sequence[int], stride: int) -> None:
 
     Args:
         roi_size: voxels along the three axes.
-        stride: voxels of the input to one of the bottleneck (UNet 16, SwinUNETR 32).
+        stride: voxels of the input to one of the bottleneck (UNet and UNETR 16, SwinUNETR 32).
 
     Raises:
         ValueError: a side is no multiple of the stride, or holds fewer than two voxels of the bottleneck (instance
@@ -92,7 +92,7 @@ def require_roi(roi_size: Sequence[int], stride: int) -> None:
     if any(side % stride or side < 2 * stride for side in roi_size):
         raise ValueError(
             f"roi_size: found {list(roi_size)}, expected multiples of {stride} voxels, {2 * stride} at least "
-            "(UNet 16 and 32, SwinUNETR 32 and 64)"
+            "(UNet and UNETR 16 and 32, SwinUNETR 32 and 64)"
         )
 
 
@@ -197,10 +197,11 @@ def start_inference(
     """Load the weights, refuse what cannot be segmented or evaluated, and print what will be.
 
     Arguments and errors as `start_training`; `items` need a `label` for an evaluation only, and `ckpt_path` is the
-    file of the network's weights.
+    file of the network's weights. A TorchScript network came with its weights, from that file.
     """
     require_roi(roi_size, stride)
-    load_weights(ckpt_path, network)
+    if not isinstance(network, torch.jit.ScriptModule):
+        load_weights(ckpt_path, network)
     require_usable(items, channels, workers, remember, label_values(classes))
     say(
         [

@@ -152,13 +152,14 @@ def _merge_variant(staged: Path, name: str, variant: str) -> None:
         raise BundleError(f"--variant: {name} has no configs/{variant}.yaml")
     changes = yaml.safe_load(overlay.read_text(encoding="utf-8"))
     train = staged / "configs/train.yaml"
-    unknown = changes.keys() - yaml.safe_load(train.read_text(encoding="utf-8")).keys()
+    before = yaml.safe_load(train.read_text(encoding="utf-8"))
+    unknown = changes.keys() - before.keys()
     if unknown:
         raise BundleError(f"--variant: {variant}.yaml sets {sorted(unknown)}, expected keys of {name}'s train.yaml")
     for config in (train, staged / "configs/inference.yaml"):
         merged = merge_overlay(config.read_text(encoding="utf-8"), overlay.read_text(encoding="utf-8"))
         config.write_text(f"# {variant}.yaml is merged into this file.\n{merged}", encoding="utf-8")
-    _rename(staged, name, variant, changes)
+    _rename(staged, name, variant, {key: value for key, value in changes.items() if value != before[key]})
 
 
 def merge_overlay(config: str, overlay: str) -> str:
@@ -202,8 +203,9 @@ def _rename(staged: Path, name: str, variant: str, changes: dict[str, Any]) -> N
     plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
     for key, value in plain.items():
         text = re.sub(rf"^(\| `{key}` \| )`.*?`", lambda row, v=value: f"{row[1]}`{v}`", text, flags=re.MULTILINE)
-    values = ", ".join(f"`{key}` {value}" for key, value in plain.items())
-    note = f"This is `{name}` with `{variant}.yaml` merged into its configs. Values that differ on this page: {values}."
+    note = f"This is `{name}` with `{variant}.yaml` merged into its configs."
+    if plain:
+        note += f" Values that differ on this page: {', '.join(f'`{key}` {value}' for key, value in plain.items())}."
     page.write_text(re.sub(r"\A(# .*\n)", rf"\1\n{note}\n", text), encoding="utf-8")
 
 

@@ -2,22 +2,25 @@
 
 A network has an encoder, a decoder of several levels, and an output layer that always starts at random, because
 pre-training painted an image with it. A tensor of the network is *loaded* as it stands in the file, *adapted* (a
-first convolution, to another number of input channels), or *left out* for a reason. If too few of the tensors that
-were asked for can be filled, nothing is loaded and an error says why.
+first convolution, to another number of input channels; position embeddings, to another window), or *left out* for a
+reason. If too few of the tensors that were asked for can be filled, nothing is loaded and an error says why.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.networks.blocks import Convolution
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
-from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 from torch import Tensor, nn
 
 from tools.config import truth
@@ -25,37 +28,53 @@ from tools.start import say, size_text
 from tools.weights import WeightsError, describe, read_checkpoint
 
 PARTS = ("encoder", "all")  # of the network, to be filled
+Grid = tuple[int, int, int]  # tokens along the three axes
 
 # arguments of `load_pretrained` and their keys in a bundle's config
-SETTINGS = {name: f"pretrained_{name}" for name in ("parts", "decoder_levels", "min_fraction", "rescale")}
+SETTINGS = {name: f"pretrained_{name}" for name in ("parts", "decoder_levels", "min_fraction", "rescale", "roi_size")}
 
-# Modules by the level at which they work: 0 is the encoder, then the decoder from its deepest level.
-# SwinUNETR's convolutions on the skip paths (`encoder…`) stand with the decoder level that they feed.
-LEVELS = {
-    **dict.fromkeys(("conv_0", "down_1", "down_2", "down_3", "down_4", "swinViT"), 0),
-    **{"upcat_4": 1, "upcat_3": 2, "upcat_2": 3, "upcat_1": 4},
-    **{"encoder10": 1, "encoder4": 2, "encoder3": 3, "encoder2": 4, "encoder1": 5},
-    **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4, "decoder1": 5},
-}
-OUTPUT = ("final_conv", "out")
+# Modules of BasicUNet, SwinUNETR and UNETR by the level at which they work: 0 is the encoder, then the decoder from
+# its deepest level. Convolutions on the skip paths (`encoder…`) stand with the decoder level that they feed, so the
+# same name has another level in another network.
+LEVELS = (
+    {
+        **dict.fromkeys(("conv_0", "down_1", "down_2", "down_3", "down_4"), 0),
+        **{"upcat_4": 1, "upcat_3": 2, "upcat_2": 3, "upcat_1": 4},
+    },
+    {
+        "swinViT": 0,
+        **{"encoder10": 1, "encoder4": 2, "encoder3": 3, "encoder2": 4, "encoder1": 5},
+        **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4, "decoder1": 5},
+    },
+    {
+        "vit": 0,
+        **{"encoder4": 1, "encoder3": 2, "encoder2": 3, "encoder1": 4},
+        **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4},
+    },
+)
+ENCODER = {module for levels in LEVELS for module, level in levels.items() if level == 0}
+OUTPUT = {"final_conv", "out"}
 
-SWIN = "swinViT."  # published encoders lack it
+ALONE = ("swinViT.", "vit.")  # encoders that are published alone: their files lack this
 INPUT_CONVOLUTIONS = (
     "conv_0.conv_0.conv.weight",
     "swinViT.patch_embed.proj.weight",
+    "vit.patch_embedding.patch_embeddings.weight",
     "encoder1.layer.conv1.conv.weight",
     "encoder1.layer.conv3.conv.weight",
 )
+POSITIONS = "vit.patch_embedding.position_embeddings"  # [1, tokens, E]; the last axis of the image runs fastest
+TOKEN = 16  # voxels of a UNETR's token, along each axis
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def is_encoder(name: str) -> bool:
-    """Whether a parameter of a BasicUNet or SwinUNETR, as the network names it, belongs to the encoder."""
-    return LEVELS.get(_module(name)) == 0
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the encoder."""
+    return _module(name) in ENCODER
 
 
 def is_output(name: str) -> bool:
-    """Whether a parameter of a BasicUNet or SwinUNETR, as the network names it, belongs to the output layer."""
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the output layer."""
     return _module(name) in OUTPUT
 
 
@@ -143,9 +162,10 @@ def _fates(tensors: Sequence[TensorFate]) -> str:
     texts = []
     for fate in ("loaded", "adapted", "left out"):
         reasons = list(dict.fromkeys(t.why for t in tensors if t.fate == fate and t.why))
-        more = "; …" if len(reasons) > 1 else ""
+        shown = reasons if fate == "adapted" else reasons[:1]  # one number of channels, one grid: never many
+        more = ["…"] if len(reasons) > len(shown) else []
         if counts[fate]:
-            texts.append(f"{counts[fate]} {fate}" + (f" ({reasons[0]}{more})" if reasons else ""))
+            texts.append(f"{counts[fate]} {fate}" + (f" ({'; '.join([*shown, *more])})" if reasons else ""))
     return ", ".join(texts)
 
 
@@ -172,11 +192,12 @@ def load_pretrained(
     decoder_levels: int | None = None,
     min_fraction: float = 0.9,
     rescale: bool = False,
+    roi_size: Sequence[int] | None = None,
 ) -> Transfer:
     """Fill a network, in place, with the weights of a file.
 
     Args:
-        network: a BasicUNet or SwinUNETR with fresh weights.
+        network: a BasicUNet, SwinUNETR or UNETR with fresh weights.
         pretrained: checkpoint of the same kind of network; None leaves the network as it is.
         parts: `encoder`, or `all` for the decoder too.
         decoder_levels: with `all`, how many levels of the decoder, from the deepest; None for all of them.
@@ -184,34 +205,47 @@ def load_pretrained(
         rescale: multiply each loaded convolution before an instance norm so that its norm is that of the fresh
             one. The normalisation undoes it, so the network computes the same (up to the norm's epsilon, which
             is felt where a channel hardly varies), but a learning rate then acts on loaded and fresh
-            convolutions alike.
+            convolutions alike. A UNETR's encoder has none of these, its decoder has.
+        roi_size: crop of the file's pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E]
+            are interpolated from that crop's grid of tokens to the network's. None: the network's own grid if it
+            has as many tokens, else a cube.
 
     Raises:
         ValueError: an argument is out of range, or the network is of another kind.
-        WeightsError: the file cannot be read, has values that are not finite, or fills too few tensors. The
-            network is untouched.
+        WeightsError: the file cannot be read, has values that are not finite, fills too few tensors, or has position
+            embeddings of another crop than `roi_size`, or of one that has to be given. The network is untouched.
     """
     last = _last_level(network, parts, decoder_levels)
     _check_fraction(min_fraction)
+    _check_roi(roi_size)
     rescale = truth(rescale)
     if pretrained is None:
         return Transfer(network, TransferReport(None))
-    weights, report = _plan(network, pretrained, last, rescale)
+    weights, report = _plan(network, pretrained, last, rescale, roi_size)
     _require(report, min_fraction)
     network.load_state_dict(weights, strict=False)
     return Transfer(network, report)
 
 
+def _levels(network: nn.Module) -> dict[str, int]:
+    """The level of each module; what belongs to no level is the output layer.
+
+    Raises:
+        ValueError: the network is of another kind.
+    """
+    modules = list(dict.fromkeys(_module(name) for name in network.state_dict()))
+    for levels in LEVELS:
+        if set(modules) <= levels.keys() | OUTPUT:
+            return levels
+    raise ValueError(
+        f"weights are transferred into a BasicUNet, SwinUNETR or UNETR, found a {type(network).__name__} "
+        f"with the modules {', '.join(modules[:5])}"
+    )
+
+
 def _last_level(network: nn.Module, parts: str, decoder_levels: int | None) -> int:
     """The shallowest level to fill; 0 is the encoder alone."""
-    modules = list(dict.fromkeys(_module(name) for name in network.state_dict()))
-    unknown = [module for module in modules if module not in LEVELS and module not in OUTPUT]
-    if unknown:
-        raise ValueError(
-            f"weights are transferred into a BasicUNet or SwinUNETR, found a {type(network).__name__} "
-            f"with the modules {', '.join(unknown[:5])}"
-        )
-    levels = max(LEVELS.get(module, 0) for module in modules)
+    levels = max(_levels(network).values())
     if parts not in PARTS:
         raise ValueError(f"pretrained_parts must be one of {', '.join(PARTS)}; found {parts!r}")
     if decoder_levels is None:
@@ -234,38 +268,55 @@ def _check_fraction(min_fraction: float) -> None:
         raise ValueError(f"pretrained_min_fraction must be a number from 0 to 1; found {min_fraction!r}")
 
 
-def _plan(network: nn.Module, path: str | Path, last: int, rescale: bool) -> tuple[dict[str, Tensor], TransferReport]:
+def _check_roi(roi_size: Sequence[int] | None) -> None:
+    if roi_size is None:
+        return
+    sides = list(roi_size) if isinstance(roi_size, Sequence) else []
+    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 and side % TOKEN == 0 for side in sides):
+        raise ValueError(f"pretrained_roi_size must be three multiples of {TOKEN} voxels, or null; found {roi_size!r}")
+
+
+def _plan(
+    network: nn.Module, path: str | Path, last: int, rescale: bool, roi_size: Sequence[int] | None
+) -> tuple[dict[str, Tensor], TransferReport]:
     """The tensors to load, and the account; nothing is loaded yet.
 
     Raises:
-        WeightsError: the file cannot be read, or has values that are not finite.
+        WeightsError: the file cannot be read, has values that are not finite, or position embeddings of another or
+            an unknown crop.
     """
     _, found = read_checkpoint(path)
     expected = network.state_dict()
-    names = match_names(found, expected).names
+    match = match_names(found, expected)
+    names = match.names
     for old in names.values():
         _check_finite(path, old, found[old])
-    weights, fates = {}, []
+    weights, fates, levels = {}, [], _levels(network)
     for name, fresh in expected.items():
-        why = _not_asked(name, last)
+        why = _not_asked(name, levels, last)
         asked, fate = not why, "left out"
         if asked and name not in names:
             why = "not in the file"
         elif asked:
-            tensor, why = _fitted(name, found[names[name]].to(fresh.dtype), fresh.shape)
+            tensor = found[names[name]].to(fresh.dtype)
+            if name == POSITIONS and tensor.ndim == 3 and tensor.shape[::2] == fresh.shape[::2]:
+                grid = _grid(f"{path}: {names[name]}", tensor.shape[1], network.feat_size, roi_size)
+                tensor, why = _on_grid(tensor, grid, network.feat_size)
+            else:
+                tensor, why = _fitted(name, tensor, fresh.shape)
             if tensor is not None:
                 weights[name], fate = tensor, "adapted" if why else "loaded"
         fates.append(TensorFate(name, fate, why, asked))
     rescaled = _rescale(weights, expected, scale_free_convolutions(network)) if rescale else 0
-    unused = dict(Counter(_short(name) for name in found if name not in set(names.values())))
+    unused = dict(Counter(_short(name, match.prefix) for name in found if name not in set(names.values())))
     return weights, TransferReport(f"{path} looks like {describe(found)}", fates, unused, rescaled)
 
 
-def _not_asked(name: str, last: int) -> str:
+def _not_asked(name: str, levels: dict[str, int], last: int) -> str:
     """Why a tensor is not to be filled; empty if it is."""
     if is_output(name):
         return "the output layer starts at random"
-    level = LEVELS[_module(name)]
+    level = levels[_module(name)]
     if level <= last:
         return ""
     return f"level {level} of the decoder, asked for {last}" if last else "the decoder was not asked for"
@@ -290,6 +341,56 @@ def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> tuple[Tensor | None
     return None, f"shape {list(tensor.shape)} in the file, {list(shape)} in the network"
 
 
+def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -> Grid:
+    """The grid of a file's position embeddings, which it does not tell.
+
+    Args:
+        where: file and name of the embeddings, for errors.
+        tokens: how many there are.
+        grid: the network's.
+        roi_size: crop of the pre-training, voxels; None: the network's grid or a cube.
+
+    Raises:
+        WeightsError: the crop has another number of tokens, or is needed and not given.
+    """
+    if roi_size is not None:
+        h, w, d = (side // TOKEN for side in roi_size)
+        if h * w * d == tokens:
+            return h, w, d
+        raise WeightsError(
+            f"{where} has {tokens} tokens; pretrained_roi_size: found {list(roi_size)}, which has {_by((h, w, d))} = "
+            f"{h * w * d} tokens of {TOKEN}³ voxels, expected the crop of its pre-training"
+        )
+    if tokens == math.prod(grid):
+        return grid
+    side = _cube(tokens)
+    if side:
+        return side, side, side
+    raise WeightsError(
+        f"{where} has {tokens} tokens, found neither the network's {_by(grid)} nor a cube; pretrained_roi_size: "
+        f"found null, expected the crop of its pre-training, {tokens} tokens of {TOKEN}³ voxels"
+    )
+
+
+def _cube(tokens: int) -> int:
+    """The side of a cube of so many tokens; 0 if they make none."""
+    side = round(tokens ** (1 / 3))
+    return side if side**3 == tokens else 0
+
+
+def _on_grid(positions: Tensor, old: Grid, new: Grid) -> tuple[Tensor, str]:
+    """Position embeddings [1, tokens, E] between two grids, and how they were adapted: linear along each axis."""
+    if old == new:
+        return positions, ""
+    volume = positions.unflatten(1, old).movedim(-1, 1)  # [1, E, A, B, C]
+    volume = F.interpolate(volume, new, mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2), f"position embeddings of {_by(old)} tokens → {_by(new)}"
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return "×".join(map(str, sizes))
+
+
 def _check_finite(path: str | Path, name: str, tensor: Tensor) -> None:
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
@@ -299,9 +400,10 @@ def _check_finite(path: str | Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def _short(name: str) -> str:
-    """The module of a tensor in the file, at most three names deep."""
-    return ".".join(name.split(".")[:-1][:3])
+def _short(name: str, prefix: str) -> str:
+    """The module of a tensor in the file, at most three names deep; its own name if that is no more than the prefix."""
+    module = name.rpartition(".")[0]
+    return name if f"{module}." in (".", prefix) else ".".join(module.split(".")[:3])
 
 
 def _require(report: TransferReport, min_fraction: float) -> None:
@@ -329,7 +431,7 @@ def _advice(report: TransferReport, min_fraction: float) -> str:
         return "Its encoder fits: `--pretrained_parts encoder` loads that alone"
     return (
         "Choose the network and sizes that the file was trained with (overlays such as configs/swin_unetr.yaml, "
-        "configs/small.yaml), or accept fewer tensors with --pretrained_min_fraction"
+        "configs/unetr.yaml, configs/small.yaml), or accept fewer tensors with --pretrained_min_fraction"
     )
 
 
@@ -342,7 +444,7 @@ class Match:
 
     Attributes:
         prefix: what its names begin with.
-        stands_for: what the network's names have in that place: nothing, or `swinViT.`.
+        stands_for: what the network's names have in that place: nothing, `swinViT.` or `vit.`.
         names: the name in the file, for each tensor of the network that it has.
     """
 
@@ -366,7 +468,7 @@ def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
     for name in spelled:
         starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
         for start in starts:
-            votes.update((name[:start], added) for added in ("", SWIN) if added + name[start:] in expected)
+            votes.update((name[:start], added) for added in ("", *ALONE) if added + name[start:] in expected)
     if not votes:
         return Match("", "", {})
     prefix, added = votes.most_common(1)[0][0]
@@ -375,10 +477,14 @@ def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
 
 
 def _spelled(name: str) -> str:
-    """A name as MONAI spells it today; the published SwinUNETR encoders have older spellings."""
-    for old, new in ((".mlp.fc1.", ".mlp.linear1."), (".mlp.fc2.", ".mlp.linear2."), ("swin_vit.", SWIN)):
+    """A name as MONAI's networks spell it today.
+
+    The published SwinUNETR encoders have older spellings. MONAI's `MaskedAutoEncoderViT` has the last norm of a `ViT`
+    as the last of its blocks.
+    """
+    for old, new in ((".mlp.fc1.", ".mlp.linear1."), (".mlp.fc2.", ".mlp.linear2."), ("swin_vit.", "swinViT.")):
         name = name.replace(old, new)
-    return name
+    return re.sub(r"(^|\.)blocks\.\d+\.(weight|bias)$", r"\1norm.\2", name)
 
 
 # ------------------------------------------------------------------------------------------------------ rescaling
@@ -441,7 +547,8 @@ def _say_transfer(path: str, parser: ConfigParser) -> None:
     network = parser.get_parsed_content("network_def")
     last = _last_level(network, settings["parts"], settings["decoder_levels"])
     _check_fraction(settings["min_fraction"])
-    _, report = _plan(network, path, last, truth(settings["rescale"]))
+    _check_roi(settings["roi_size"])
+    _, report = _plan(network, path, last, truth(settings["rescale"]), settings["roi_size"])
     say(report.lines())
     _require(report, settings["min_fraction"])
 
@@ -451,19 +558,34 @@ def _file_lines(path: str) -> list[tuple[str, str]]:
     key, state = read_checkpoint(path)
     size = size_text(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     # names do not depend on sizes, so the smallest networks tell them
-    networks = (BasicUNet(3, features=(1, 1, 1, 1, 1, 1)), SwinUNETR(1, 1, feature_size=12))
+    networks = (
+        BasicUNet(3, features=(1, 1, 1, 1, 1, 1)),
+        SwinUNETR(1, 1, feature_size=12),
+        UNETR(1, 1, TOKEN, feature_size=2, hidden_size=1, mlp_dim=1, num_heads=1),
+    )
     match = max((match_names(state, network.state_dict()) for network in networks), key=lambda m: len(m.names))
     parts = Counter(part_of(name) for name in match.names)
-    rest = dict(Counter(_short(name) for name in state if name not in set(match.names.values())))
+    rest = dict(Counter(_short(name, match.prefix) for name in state if name not in set(match.names.values())))
     where = "bare" if key is None else f"under the key `{key}`"
-    begin = f"`{match.prefix}`" if match.prefix else "as MONAI's"
     lines = [
         ("file", f"{path}: {len(state)} tensors, {size}, {where}"),
         ("looks like", describe(state)),
-        ("names", f"begin with {begin}" + (f" in place of `{match.stands_for}`" if match.stands_for else "")),
+        ("names", _beginning(match)),
         *((part, f"{parts[part]} tensors") for part in ("encoder", "decoder", "output")),
     ]
+    if POSITIONS in match.names:
+        tokens = state[match.names[POSITIONS]].shape[1]
+        side = _cube(tokens)
+        shape = f"{_by([side] * 3)} if the crop was a cube" if side else "the crop was no cube"
+        lines.append(("tokens", f"{tokens}: {shape} (the file does not tell it)"))
     return [*lines, ("other", _listed(rest))] if rest else lines
+
+
+def _beginning(match: Match) -> str:
+    """How the names of a file begin, beside the network's."""
+    if match.prefix:
+        return f"begin with `{match.prefix}`" + (f" in place of `{match.stands_for}`" if match.stands_for else "")
+    return f"lack `{match.stands_for}`" if match.stands_for else "as MONAI's"
 
 
 def _parser(config_files: list[str]) -> ConfigParser:

@@ -35,6 +35,8 @@ jsonschema, has_jsonschema = optional_import("jsonschema")
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 NECESSARY = ("LICENSE", "configs/inference.yaml", "configs/metadata.json", "configs/train.yaml", "docs/README.md")
+ALONE = ("train.yaml", "inference.yaml")  # all other configs are overlays
+OF_INFERENCE = ("flips.yaml", "torchscript.yaml")  # on inference.yaml; the others on train.yaml
 META_KEYS = {
     **dict.fromkeys(("version", "monai_version", "pytorch_version", "numpy_version"), str),
     **dict.fromkeys(("name", "task", "description", "authors", "copyright", "intended_use"), str),
@@ -199,15 +201,15 @@ def _size_problems(folder: Path) -> list[str]:
 
 
 def config_problems(folder: Path) -> list[str]:
-    """Say which configs MONAI cannot read, alone or, if they are overlays, on top of `train.yaml`."""
+    """Say which configs MONAI cannot read, alone or, if they are overlays, on top of the config that they are for."""
     problems = []
     for path in sorted((folder / "configs").glob("*.yaml")):
-        alone = path.name in ("train.yaml", "inference.yaml")
+        base = path.with_name("inference.yaml" if path.name in OF_INFERENCE else "train.yaml")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Duplicate key")
                 parser = ConfigParser()
-                parser.read_config([path] if alone else [path.with_name("train.yaml"), path])
+                parser.read_config([path] if path.name in ALONE else [base, path])
                 parser.parse()
         except Exception as error:  # of YAML, of MONAI's parser, of Python's
             problems.append(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -341,12 +343,13 @@ def _shape_problems(folder: Path) -> list[str]:
 
 
 def _export_problems(folder: Path) -> list[str]:
-    """Export to TorchScript, load, and compare on the smallest window that the network takes."""
+    """Export to TorchScript, load, and compare on the smallest window that the network takes, or a ViT's only one."""
     network = build_network(folder).eval()
     swin = any(isinstance(module, SwinUNETR) for module in network.modules())  # MONAI's cannot be scripted
-    channels = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
-    channels = channels["network_data_format"]["inputs"]["image"]["num_channels"]
-    shape = (1, channels, *[64 if swin else 32] * 3)
+    fixed = any(name.endswith(".position_embeddings") for name in network.state_dict())
+    form = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
+    form = form["network_data_format"]["inputs"]["image"]
+    shape = (1, form["num_channels"], *(form["spatial_shape"] if fixed else [64 if swin else 32] * 3))
     with tempfile.TemporaryDirectory() as temporary:
         weights, exported = folder / WEIGHTS, Path(temporary, "model.ts")
         if weights.is_file():

@@ -84,7 +84,7 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: these are not the weights of {describe(expected)}, they look like {describe(found)}: "
             f"{'; '.join(problems)}. Choose the overlays and sizes that the checkpoint was trained with "
-            "(for instance configs/swin_unetr.yaml, configs/small.yaml)"
+            "(for instance configs/swin_unetr.yaml, configs/unetr.yaml, configs/small.yaml, the roi_size of a UNETR)"
         )
     return found
 
@@ -108,6 +108,9 @@ def describe(state: Mapping[str, Tensor]) -> str:
         ("a SwinUNETR", "swinViT.", "swinViT.patch_embed.proj.weight"),
         ("a UNet (BasicUNet)", "upcat_", "conv_0.conv_0.conv.weight"),
         ("the encoder of a SwinUNETR", "layers1.0.blocks.", "patch_embed.proj.weight"),
+        ("a UNETR", "decoder5.", "vit.patch_embedding.patch_embeddings.weight"),
+        ("a masked autoencoder (MaskedAutoEncoderViT)", "decoder_blocks.", "patch_embedding.patch_embeddings.weight"),
+        ("a ViT", "patch_embedding.", "patch_embedding.patch_embeddings.weight"),
     ):
         if any(part in name for name in state):
             stem = next((tensor for name, tensor in state.items() if name.endswith(first)), None)

@@ -9,11 +9,15 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("btcv", "brats", "liver", "spleen", "hippocampus")
-CONFIGS = ("train", "swin_unetr", "small", "multi_gpu_train", "evaluate", "inference", "flips")
+CONFIGS = ("train", "swin_unetr", "unetr", "small", "multi_gpu_train", "evaluate", "inference", "flips", "torchscript")
 
 # every class is still there at these spacings
 SPACING = {"btcv": [5, 5, 5], "liver": [5, 5, 5], "spleen": [5, 5, 5], "brats": [4, 4, 4], "hippocampus": None}
-TINY = {"unet_features": [4, 4, 8, 8, 16, 4], "swin_feature_size": 12, "num_workers": 0}
+TINY = {
+    **{"unet_features": [4, 4, 8, 8, 16, 4], "swin_feature_size": 12},
+    **{"unetr_feature_size": 4, "vit_hidden_size": 24, "vit_mlp_size": 24, "vit_heads": 2},
+    "num_workers": 0,
+}
 TINY_TRAINING = {
     **TINY,
     "epochs": 2,
@@ -43,7 +47,7 @@ def read(name: str, config: str) -> dict[str, Any]:
 
 
 def sizes(name: str, network: str) -> dict[str, Any]:
-    """Window and spacing: 32³ for UNet, 64³ for SwinUNETR."""
+    """Window and spacing: 32³ for UNet and UNETR, 64³ for SwinUNETR."""
     return {"roi_size": [64, 64, 64] if network == "swin_unetr" else [32, 32, 32], "spacing": SPACING[name]}
 
 

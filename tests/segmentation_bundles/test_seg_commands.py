@@ -1,4 +1,4 @@
-"""Every bundle trains, evaluates and segments, with both networks, on data laid out as its data set is."""
+"""Every bundle trains, evaluates and segments, with each network, on data laid out as its data set is."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tools.segmentation import label_values
 
 from .bundles import NAMES, ROOT, TINY, TINY_TRAINING, bundle, config_files, places, read, sizes
 
-CASES = list(itertools.product(NAMES, ("unet", "swin_unetr")))
+CASES = [*itertools.product(NAMES, ("unet", "swin_unetr")), ("hippocampus", "unetr"), ("brats", "unetr")]
 
 
 def overlays(network):
-    return ["swin_unetr"] if network == "swin_unetr" else []
+    return [] if network == "unet" else [network]
 
 
 def rows(path):
@@ -184,13 +184,14 @@ def test_a_killed_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, r
     ]
 
 
-def test_two_processes(command, samples, tmp_path):
+@pytest.mark.parametrize("network", ["unet", "unetr"])
+def test_two_processes(network, command, samples, tmp_path):
     options = {
-        **{**TINY_TRAINING, **sizes("hippocampus", "unet"), **places(tmp_path), "bundle_root": bundle("hippocampus")},
+        **{**TINY_TRAINING, **sizes("hippocampus", network), **places(tmp_path), "bundle_root": bundle("hippocampus")},
         "batch_size": 1,
         "folds": 2,  # so that each process has cases to validate
         "dataset_dir": samples("hippocampus"),
-        "config_file": config_files("hippocampus", ["train", "multi_gpu_train"]),
+        "config_file": config_files("hippocampus", ["train", *overlays(network), "multi_gpu_train"]),
     }
     done = command(
         *(

@@ -8,14 +8,19 @@ import json
 import jsonschema
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 
 from tools.segmentation import label_values, own_values
 
 from .bundles import CONFIGS, NAMES, ROOT, bundle, places, read
 
-OVERLAYS = ("swin_unetr", "small")
-ORDERS = [order for n in range(3) for order in itertools.permutations(OVERLAYS, n)]
+NETWORKS = {"swin_unetr": SwinUNETR, "unetr": UNETR}
+ORDERS = [(), ("small",), *((network,) for network in NETWORKS)]
+ORDERS += [order for network in NETWORKS for order in itertools.permutations((network, "small"))]
+SIZES = (  # of the networks
+    *("unet_features", "swin_feature_size"),
+    *("unetr_feature_size", "vit_hidden_size", "vit_mlp_size", "vit_heads"),
+)
 EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
 
 # what a data set decides; everything else is the same in all five bundles, word for word
@@ -33,8 +38,10 @@ OWN_KEYS = {
     "evaluate": {"surface_tolerance", "empty"},
     "small": {"spacing", "roi_size"},
     "swin_unetr": {"roi_size", "network_def"},
+    "unetr": {"network_def"},
     "multi_gpu_train": set(),
     "flips": {"flip_axes"},
+    "torchscript": set(),
 }
 
 # the contract with clients, documentation and other bundles: do not rename
@@ -87,7 +94,7 @@ def test_training_evaluation_and_inference_see_the_same_image(name, parse):
     assert for_image(read(name, "evaluate")["validate#preprocessing"]["transforms"]) == training
     assert for_image(read(name, "inference")["preprocessing"]["transforms"]) == training
     train, inference = read(name, "train"), read(name, "inference")
-    shared = (OWN_KEYS["inference"] | {"stride", "unet_features", "swin_feature_size", "device"}) & train.keys()
+    shared = (OWN_KEYS["inference"] | {"stride", "device", *SIZES}) & train.keys()
     assert {k: inference.get(k) for k in shared} == {k: train[k] for k in shared}
 
 
@@ -96,7 +103,7 @@ def test_training_evaluation_and_inference_see_the_same_image(name, parse):
 def test_overlays_combine_in_any_order(name, overlays, parse):
     train, inference = (parse(name, [config, *overlays]) for config in ("train", "inference"))
     network = train.get_parsed_content("network_def")
-    assert type(network) is (SwinUNETR if "swin_unetr" in overlays else BasicUNet)
+    assert isinstance(network, next((NETWORKS[overlay] for overlay in overlays if overlay in NETWORKS), BasicUNet))
     inference.get_parsed_content("network_def").load_state_dict(network.state_dict())
     roi, stride = train.get_parsed_content("roi_size"), train.get_parsed_content("stride")
     assert all(side % stride == 0 and side >= 2 * stride for side in roi)
@@ -114,7 +121,7 @@ def test_networks_fit_what_pre_training_makes(name, parse):
         for c in ("train", "small")
     }
     for config in ("train", "small"):
-        for key in ("unet_features", "swin_feature_size"):
+        for key in set(SIZES) - {"unetr_feature_size"}:  # of the decoder, which no pre-training makes
             assert read(name, config)[key] == pretrain[config][key]
 
 
@@ -127,11 +134,21 @@ def test_keys_of_the_contract(name):
 @EVERY_BUNDLE
 def test_overlays_set_keys_that_exist(name):
     train, evaluate, inference = (read(name, config) for config in ("train", "evaluate", "inference"))
-    for config in ("swin_unetr", "small"):
+    for config in (*NETWORKS, "small"):
         assert read(name, config).keys() <= train.keys()
     assert {"inferer"} == set(read(name, "flips")) - {"flip_axes"}
     assert "inferer" in inference and "inferer" in evaluate
     assert set(read(name, "multi_gpu_train")) - train.keys() == {"finalize"}
+    assert read(name, "torchscript").keys() == {"ckpt_path", "network", "start"} <= inference.keys()
+
+
+@EVERY_BUNDLE
+def test_a_torchscript_file_is_taken_with_any_overlay(name):
+    """No other overlay of inference sets its keys, so their order does not matter; `start` differs in the network."""
+    overlay, inference = read(name, "torchscript"), read(name, "inference")
+    for config in (*NETWORKS, "small", "flips"):
+        assert not overlay.keys() & read(name, config).keys()
+    assert overlay["start"] == {**inference["start"], "network": "@network"}
 
 
 @EVERY_BUNDLE

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from monai.networks.nets import ViT
 
 from tools.finetuning import parameter_groups, require_roi
 from tools.scans import ScanError
@@ -49,6 +50,24 @@ def test_pretrained_weights_are_in_the_network_that_trains(train, backbone):
     for name, tensor in trained.items():
         source = weights if is_encoder(name) else fresh
         assert torch.equal(tensor, source[name]), name
+
+
+def test_a_pretrained_vit_is_in_the_unetr_that_trains(workflow, samples, tmp_path):
+    weights = ViT(1, (32, 16, 64), 16, OPTIONS["vit_hidden_size"], OPTIONS["vit_mlp_size"], num_heads=2).state_dict()
+    torch.save(weights, tmp_path / "backbone.pt")
+    run = workflow(
+        *("hippocampus", "train", ["train", "unetr"]),
+        **{**OPTIONS, "dataset_dir": str(samples("hippocampus"))},
+        pretrained=str(tmp_path / "backbone.pt"),
+        pretrained_roi_size=[32, 16, 64],
+    )
+    trained = run.parser.get_parsed_content("train#trainer").network.state_dict()
+    positions = "patch_embedding.position_embeddings"
+    assert all(torch.equal(trained[f"vit.{name}"], weights[name]) for name in weights.keys() - {positions})
+    adapted = {t.name: t.why for t in run.parser.get_parsed_content("transfer").report.tensors if t.fate == "adapted"}
+    assert adapted == {f"vit.{positions}": "position embeddings of 2×1×4 tokens → 2×2×2"}
+    encoder, rest = run.parser.get_parsed_content("train#optimizer").param_groups
+    assert (len(encoder["params"]), len(rest["params"])) == (len(weights), len(trained) - len(weights))
 
 
 def test_weights_of_another_size_stop_the_run(train, backbone):

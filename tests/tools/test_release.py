@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser
-from monai.networks.nets import SwinUNETR
+from monai.networks.nets import UNETR, SwinUNETR
 
 from tools.release import merge_overlay, release, stage
 from tools.verify import BUNDLES, BundleError, build_network, find_bundles
@@ -191,6 +191,21 @@ def test_a_variant_says_what_it_is(variants, name):
 
 def test_a_variant_is_another_network(variants):
     assert isinstance(build_network(variants / "hybridmim_spleen_seg_swin_unetr"), SwinUNETR)
+
+
+def test_values_that_a_variant_leaves_as_they_are_do_not_differ(bundle, tmp_path):
+    folder = stage(bundle, tmp_path, "unetr")
+    network = build_network(folder)
+    assert isinstance(network, UNETR)
+    train = yaml.safe_load((folder / "configs/train.yaml").read_text())
+    assert [16 * side for side in network.feat_size] == train["roi_size"]
+    page = (folder / "docs/README.md").read_text()
+    assert f"This is `{bundle.name}` with `unetr.yaml` merged into its configs.\n" in page
+    assert "Values that differ" not in page
+    assert (
+        "Values that differ on this page: `stride` 32"
+        in (stage(bundle, tmp_path, "swin_unetr") / "docs/README.md").read_text()
+    )
 
 
 def test_weights_of_a_run_go_into_a_variant(bundle, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.networks.nets import UNETR, BasicUNet, MaskedAutoEncoderViT, SwinUNETR, ViT
 
 from scripts.backbones import UNetBackbone
 from scripts.hybridmim import HybridMIM
@@ -28,6 +31,23 @@ def unet(channels=1, classes=2, features=FEATURES):
 
 def swin(channels=1, classes=2, feature_size=12):
     return SwinUNETR(channels, classes, feature_size=feature_size)
+
+
+def unetr(channels=1, classes=2, roi=(32, 48, 32), hidden=24):
+    return UNETR(channels, classes, roi, feature_size=6, hidden_size=hidden, mlp_dim=24, num_heads=2)
+
+
+def vit(channels=1, roi=(32, 48, 32), hidden=24):
+    return ViT(channels, roi, 16, hidden, 24, num_heads=2)
+
+
+def mae(channels=1, roi=(32, 48, 32)):
+    sizes = {"hidden_size": 24, "mlp_dim": 24, "num_heads": 2, "decoder_hidden_size": 12, "decoder_mlp_dim": 12}
+    return MaskedAutoEncoderViT(channels, roi, 16, **sizes, decoder_num_layers=1, decoder_num_heads=2)
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def saved(path, content):
@@ -138,13 +158,151 @@ def test_published_swin_encoder_loads_as_with_monai(tmp_path):
     assert transfer.report.unused == {"module.rotation_head": 2}
 
 
+@pytest.mark.parametrize(
+    ("content", "unused"),
+    [
+        (lambda state: state, {}),
+        (lambda state: prefixed("vit.", state), {}),
+        (
+            lambda state: {
+                "model": {
+                    **{"mask_token": torch.zeros(1), "head.weight": torch.zeros(1), "head.bias": torch.zeros(1)},
+                    **prefixed("backbone.", state),
+                },
+                "optimizer": {},
+            },
+            {"mask_token": 1, "head": 2},
+        ),
+        (lambda state: {"state_dict": prefixed("module.encoder.", state)}, {}),
+        (
+            lambda state: {"blocks.0.cross_attn.to_q.weight": torch.zeros(24, 24), **state},  # of MONAI 1.5
+            {"blocks.0.cross_attn": 1},
+        ),
+    ],
+    ids=["backbone.pt", "vit.", "checkpoint_epoch=N.pt", "prefixes", "MONAI 1.5"],
+)
+def test_vit_becomes_the_encoder_of_a_unetr(tmp_path, content, unused):
+    source, network = vit(), unetr()
+    before = copied(network)
+    transfer = load_pretrained(network, saved(tmp_path / "weights.pt", content(source.state_dict())))
+    for name, tensor in network.state_dict().items():
+        part, _, rest = name.partition(".")
+        assert torch.equal(tensor, source.state_dict()[rest] if part == "vit" else before[name]), name
+        assert fates(transfer)[name] == ("loaded" if part == "vit" else "left out")
+    assert transfer.report.filled == transfer.report.asked == 161
+    assert transfer.report.unused == unused
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_masked_autoencoder_becomes_the_encoder_of_a_unetr(tmp_path, prefix):
+    source, network = mae(), unetr()
+    torch.nn.init.uniform_(source.blocks[12].weight)  # the last norm, which ViT keeps outside of its blocks
+    torch.nn.init.uniform_(source.blocks[12].bias)
+    state = prefixed(prefix, source.state_dict())
+    transfer = load_pretrained(network, saved(tmp_path / "model.pt", {"model": state}))
+    assert transfer.report.counts()["encoder"] == {"loaded": 161}
+    unused = {name for name in source.state_dict() if not name.startswith(("patch_embedding.", "blocks."))}
+    assert sum(transfer.report.unused.values()) == len(unused)
+    single = {"cls_token", "mask_tokens", "decoder_pos_embedding", "decoder_embed", "decoder_pred"}
+    assert {prefix + name for name in single} <= transfer.report.unused.keys()
+    image = torch.rand(2, 1, 32, 48, 32)
+    with torch.no_grad():
+        tokens, _ = network.eval().vit(image)
+        torch.testing.assert_close(tokens, source.eval().blocks(source.patch_embedding(image)))
+
+
+def test_a_whole_unetr_with_and_without_its_decoder(tmp_path):
+    source = unetr(classes=5)
+    path = saved(tmp_path / "model.pt", source.state_dict())
+    for parts in ("encoder", "all"):
+        network = unetr()
+        before = copied(network)
+        transfer = load_pretrained(network, path, parts)
+        for name, tensor in network.state_dict().items():
+            loaded = name.startswith("vit.") or (parts == "all" and not name.startswith("out."))
+            assert torch.equal(tensor, (source.state_dict() if loaded else before)[name]), name
+        assert transfer.report.filled == transfer.report.asked
+
+
+# ------------------------------------------------------------------------------------------------ position embeddings
+
+POSITIONS = "vit.patch_embedding.position_embeddings"
+
+
+def slowly_interpolated(positions, old, new):
+    """Embeddings [1, tokens, E]: the eight neighbours of each new token's centre, weighted by their distances."""
+    places = {place: positions[0, n] for n, place in enumerate(itertools.product(*map(range, old)))}
+    tokens = []
+    for place in itertools.product(*map(range, new)):
+        token = torch.zeros(positions.shape[2])
+        centre = [(p + 0.5) * a / b - 0.5 for p, a, b in zip(place, old, new, strict=True)]
+        centre = [min(max(c, 0), a - 1) for c, a in zip(centre, old, strict=True)]
+        for neighbour, embedding in places.items():
+            weights = [max(0, 1 - abs(c - n)) for c, n in zip(centre, neighbour, strict=True)]
+            token += math.prod(weights) * embedding
+        tokens.append(token)
+    return torch.stack(tokens)[None]
+
+
+@pytest.mark.parametrize(
+    ("crop", "given", "roi"),
+    [
+        ((48, 48, 48), None, (32, 64, 48)),  # a cube is seen
+        ((48, 48, 48), (48, 48, 48), (96, 32, 32)),
+        ((32, 16, 48), (32, 16, 48), (64, 64, 64)),
+        ((64, 16, 32), (64, 16, 32), (32, 64, 16)),  # as many tokens, elsewhere
+        ((128, 128, 16), (128, 128, 16), (64, 64, 64)),  # would pass for the network's own
+    ],
+)
+@pytest.mark.parametrize("make", [vit, mae])
+def test_position_embeddings_are_interpolated_to_another_window(tmp_path, make, crop, given, roi):
+    source, network = make(roi=crop), unetr(roi=roi)
+    path = saved(tmp_path / "backbone.pt", source.state_dict())
+    transfer = load_pretrained(network, path, roi_size=given)
+    old, new = ([side // 16 for side in window] for window in (crop, roi))
+    expected = slowly_interpolated(source.patch_embedding.position_embeddings, old, new)
+    assert not torch.equal(expected, source.patch_embedding.position_embeddings)
+    torch.testing.assert_close(network.vit.patch_embedding.position_embeddings.data, expected.detach())
+    (adapted,) = (tensor for tensor in transfer.report.tensors if tensor.fate == "adapted")
+    assert adapted.name == POSITIONS
+    assert adapted.why == "position embeddings of {}×{}×{} tokens → {}×{}×{}".format(*old, *new)
+    assert transfer.report.filled == transfer.report.asked
+
+
+@pytest.mark.parametrize("given", [None, [32, 48, 32]])
+def test_position_embeddings_of_the_same_window_stay(tmp_path, given):
+    source, network = vit(), unetr()
+    path = saved(tmp_path / "backbone.pt", source.state_dict())
+    transfer = load_pretrained(network, path, roi_size=given)
+    assert fates(transfer)[POSITIONS] == "loaded"
+    assert torch.equal(network.vit.patch_embedding.position_embeddings, source.patch_embedding.position_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, ["has 12 tokens", "neither the network's 2×2×2 nor a cube", "pretrained_roi_size: found null"]),
+        ([48, 48, 48], ["has 12 tokens", "pretrained_roi_size: found [48, 48, 48], which has 3×3×3 = 27 tokens"]),
+    ],
+)
+def test_position_embeddings_of_an_unknown_or_another_crop_are_refused(tmp_path, given, words):
+    path = saved(tmp_path / "backbone.pt", prefixed("net.", vit(roi=(32, 48, 32)).state_dict()))
+    network = unetr(roi=(32, 32, 32))
+    before = copied(network)
+    with pytest.raises(WeightsError) as error:
+        load_pretrained(network, path, roi_size=given)
+    for word in [f"{path}: net.patch_embedding.position_embeddings", "expected the crop of its pre-training", *words]:
+        assert word in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
 # --------------------------------------------------------------------------------------------------- parts, levels
 
 
 def test_parts_by_name():
-    names = list(unet().state_dict()) + list(swin().state_dict())
+    names = [name for make in (unet, swin, unetr) for name in make().state_dict()]
     encoder = {name.split(".")[0] for name in names if is_encoder(name)}
-    assert encoder == {"conv_0", "down_1", "down_2", "down_3", "down_4", "swinViT"}
+    assert encoder == {"conv_0", "down_1", "down_2", "down_3", "down_4", "swinViT", "vit"}
     assert {name.split(".")[0] for name in names if is_output(name)} == {"final_conv", "out"}
 
 
@@ -153,6 +311,7 @@ def test_parts_by_name():
     [
         (unet, ["upcat_4", "upcat_3", "upcat_2", "upcat_1"]),
         (swin, ["encoder10 decoder5", *(f"encoder{i} decoder{i}" for i in (4, 3, 2, 1))]),
+        (unetr, [f"encoder{i} decoder{i + 1}" for i in (4, 3, 2, 1)]),
     ],
 )
 def test_decoder_levels_from_the_deepest(tmp_path, make, levels):
@@ -160,7 +319,7 @@ def test_decoder_levels_from_the_deepest(tmp_path, make, levels):
     for count in range(1, len(levels) + 1):
         transfer = load_pretrained(make(), path, "all", decoder_levels=count)
         loaded = {name.split(".")[0] for name, fate in fates(transfer).items() if fate == "loaded"}
-        assert loaded - {"conv_0", "down_1", "down_2", "down_3", "down_4", "swinViT"} == {
+        assert loaded - {"conv_0", "down_1", "down_2", "down_3", "down_4", "swinViT", "vit"} == {
             module for level in levels[:count] for module in level.split()
         }
         assert transfer.report.filled == transfer.report.asked
@@ -176,6 +335,12 @@ def test_decoder_levels_from_the_deepest(tmp_path, make, levels):
         ({"parts": "all", "decoder_levels": 0}, "must be 1 … 4"),
         ({"min_fraction": 90}, "from 0 to 1; found 90"),
         ({"rescale": "maybe"}, "found 'maybe', expected true or false"),
+        (
+            {"roi_size": [96, 96]},
+            r"pretrained_roi_size must be three multiples of 16 voxels, or null; found \[96, 96\]",
+        ),
+        ({"roi_size": [96, 96, 100]}, r"multiples of 16 voxels, or null; found \[96, 96, 100\]"),
+        ({"roi_size": 96}, "multiples of 16 voxels, or null; found 96"),
     ],
 )
 def test_wrong_settings_are_refused_even_without_a_file(settings, message):
@@ -184,12 +349,14 @@ def test_wrong_settings_are_refused_even_without_a_file(settings, message):
 
 
 def test_other_kinds_of_network_are_refused():
-    with pytest.raises(ValueError, match=r"BasicUNet or SwinUNETR, found a Conv3d with the modules weight, bias"):
+    with pytest.raises(
+        ValueError, match=r"BasicUNet, SwinUNETR or UNETR, found a Conv3d with the modules weight, bias"
+    ):
         load_pretrained(torch.nn.Conv3d(1, 1, 1), None)
 
 
 def test_the_output_layer_stays_fresh_although_it_would_fit(tmp_path):
-    for make, layer in ((unet, "final_conv"), (swin, "out")):
+    for make, layer in ((unet, "final_conv"), (swin, "out"), (unetr, "out")):
         network = make()
         before = copied(network)
         transfer = load_pretrained(network, saved(tmp_path / "weights.pt", make().state_dict()), "all")
@@ -204,16 +371,18 @@ def test_the_output_layer_stays_fresh_although_it_would_fit(tmp_path):
 def input_convolutions(network):
     if isinstance(network, BasicUNet):
         return [network.conv_0.conv_0.conv]
+    swin = isinstance(network, SwinUNETR)
+    tokens = network.swinViT.patch_embed.proj if swin else network.vit.patch_embedding.patch_embeddings
     block = network.encoder1.layer
-    return [network.swinViT.patch_embed.proj, block.conv1, block.conv3]
+    return [tokens, block.conv1, block.conv3]
 
 
-@pytest.mark.parametrize("make", [unet, swin])
+@pytest.mark.parametrize("make", [unet, swin, unetr])
 @pytest.mark.parametrize(("old", "new"), [(1, 4), (2, 4), (4, 1), (4, 2)])
 def test_other_number_of_channels_keeps_the_response_to_repeated_ones(tmp_path, make, old, new):
     source, network = make(old), make(new)
     transfer = load_pretrained(network, saved(tmp_path / "weights.pt", source.state_dict()), "all")
-    few = torch.rand(1, min(old, new), 8, 8, 8)
+    few = torch.rand(1, min(old, new), 16, 16, 16)
     image = {channels: few.repeat(1, channels // min(old, new), 1, 1, 1) for channels in (old, new)}
     layers = list(zip(input_convolutions(source), input_convolutions(network), strict=True))
     for before, after in layers:
@@ -255,6 +424,11 @@ def test_half_precision_is_widened(tmp_path):
             "encoder",
             ["8 features", "fills 23 of the 40", "shape [8] in the file, [4] in the network", "configs/small.yaml"],
         ),
+        (
+            lambda: vit().state_dict(),
+            "encoder",
+            ["a ViT with 1 input channel(s) and 24 features", "configs/unetr.yaml"],
+        ),
     ],
 )
 def test_other_networks_are_refused_and_nothing_is_loaded(tmp_path, content, parts, words):
@@ -271,6 +445,14 @@ def test_an_encoder_alone_is_refused_for_all_parts_with_a_way_out(tmp_path):
     path = saved(tmp_path / "model_swinvit.pt", published_swin(swin()))
     with pytest.raises(WeightsError, match=r"(?s)fills 126 of the 157.*encoder1\.layer.*`--pretrained_parts encoder`"):
         load_pretrained(swin(), path, "all")
+
+
+def test_a_vit_of_another_width_is_refused_for_that_reason(tmp_path):
+    path = saved(tmp_path / "backbone.pt", vit(hidden=36, roi=(32, 16, 48)).state_dict())
+    with pytest.raises(
+        WeightsError, match=r"(?s)36 features.*position_embeddings: shape \[1, 6, 36\] in the file, \[1, 12, 24"
+    ):
+        load_pretrained(unetr(), path)
 
 
 def test_min_fraction(tmp_path):
@@ -296,7 +478,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------- rescaling
 
 
-@pytest.mark.parametrize(("make", "size", "count"), [(unet, 32, 18), (swin, 64, 26)])
+@pytest.mark.parametrize(("make", "size", "count"), [(unet, 32, 18), (swin, 64, 26), (unetr, (32, 48, 32), 21)])
 def test_rescaling_changes_the_weights_but_not_the_output(tmp_path, make, size, count):
     source, plain, rescaled = make(), make(), make()
     rescaled.load_state_dict(plain.state_dict())
@@ -316,7 +498,7 @@ def test_rescaling_changes_the_weights_but_not_the_output(tmp_path, make, size, 
     for module in [*plain.modules(), *rescaled.modules()]:
         if isinstance(module, torch.nn.InstanceNorm3d):
             module.eps = 1e-12  # the usual one is felt where a channel hardly varies
-    image = torch.rand(1, 1, size, size, size)
+    image = torch.rand(1, 1, *(size if isinstance(size, tuple) else [size] * 3))
     with torch.no_grad():
         expected, found = plain.eval()(image), rescaled.eval()(image)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -328,6 +510,13 @@ def test_only_what_was_loaded_is_rescaled(tmp_path):
     path = saved(tmp_path / "weights.pt", {name: 3 * tensor for name, tensor in unet().state_dict().items()})
     assert load_pretrained(network, path, rescale=True).report.rescaled == 10
     assert torch.equal(network.upcat_4.convs.conv_0.conv.weight, before["upcat_4.convs.conv_0.conv.weight"])
+
+
+def test_the_encoder_of_a_unetr_has_nothing_to_rescale(tmp_path):
+    source, network = vit(), unetr()
+    path = saved(tmp_path / "backbone.pt", source.state_dict())
+    assert load_pretrained(network, path, rescale=True).report.rescaled == 0
+    assert all(torch.equal(t, source.state_dict()[name]) for name, t in network.vit.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -347,6 +536,19 @@ pretrained_parts: encoder
 pretrained_decoder_levels: null
 pretrained_min_fraction: 0.9
 pretrained_rescale: false
+pretrained_roi_size: null
+"""
+
+UNETR_OVERLAY = """
+network_def:
+  _target_: UNETR
+  in_channels: '@in_channels'
+  out_channels: 3
+  img_size: [32, 48, 32]
+  feature_size: 6
+  hidden_size: 24
+  mlp_dim: 24
+  num_heads: 2
 """
 
 
@@ -357,6 +559,7 @@ def bundle(tmp_path):
     (folder / "configs/train.yaml").write_text(TRAIN)
     (folder / "configs/small.yaml").write_text("in_channels: 1\npretrained_parts: all\npretrained_rescale: true\n")
     (folder / "configs/wide.yaml").write_text("features: [8, 8, 8, 8, 16, 8]\n")
+    (folder / "configs/unetr.yaml").write_text(UNETR_OVERLAY)
     return folder
 
 
@@ -387,6 +590,65 @@ def test_inspect_knows_the_published_swin_encoder(tmp_path, capsys):
     assert found["looks like"] == "the encoder of a SwinUNETR with 1 input channel(s) and 12 features"
     assert found["names"] == "begin with `module.` in place of `swinViT.`"
     assert (found["encoder"], found["decoder"]) == ("126 tensors", "0 tensors")
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        (
+            lambda: prefixed("backbone.", vit(roi=(48, 48, 48)).state_dict()),
+            {
+                "looks like": "a ViT with 1 input channel(s) and 24 features",
+                "names": "begin with `backbone.` in place of `vit.`",
+                "encoder": "161 tensors",
+                "decoder": "0 tensors",
+                "tokens": "27: 3×3×3 if the crop was a cube (the file does not tell it)",
+            },
+        ),
+        (
+            lambda: mae(channels=4).state_dict(),
+            {
+                "looks like": "a masked autoencoder (MaskedAutoEncoderViT) with 4 input channel(s) and 24 features",
+                "names": "lack `vit.`",
+                "encoder": "161 tensors",
+                "tokens": "12: the crop was no cube (the file does not tell it)",
+                "other": "1 of cls_token, 1 of mask_tokens, 1 of decoder_pos_embedding, 2 of decoder_embed, "
+                "4 of decoder_blocks.0.mlp, …",
+            },
+        ),
+        (
+            lambda: unetr(classes=3).state_dict(),
+            {
+                "looks like": "a UNETR with 1 input channel(s) and 24 features",
+                "names": "as MONAI's",
+                "encoder": "161 tensors",
+                "decoder": "31 tensors",
+                "output": "2 tensors",
+            },
+        ),
+    ],
+    ids=["ViT", "MaskedAutoEncoderViT", "UNETR"],
+)
+def test_inspect_knows_vits(tmp_path, capsys, state, found):
+    inspect(saved(tmp_path / "weights.pt", state()))
+    said = {name: text.strip() for name, text in rows(capsys).items()}
+    assert {name: said[name] for name in found} == found
+
+
+def test_inspect_says_what_a_unetr_would_take(bundle, tmp_path, capsys):
+    configs = [str(bundle / "configs" / name) for name in ("train.yaml", "unetr.yaml")]
+    path = saved(tmp_path / "backbone.pt", mae(roi=(64, 64, 32)).state_dict())
+    with pytest.raises(WeightsError, match="has 32 tokens, found neither"):
+        inspect(path, config_file=configs)
+    capsys.readouterr()
+    (bundle / "configs/crop.yaml").write_text("pretrained_roi_size: [64, 64, 32]\n")
+    inspect(path, config_file=[*configs, str(bundle / "configs/crop.yaml")])
+    found = {name: text.strip() for name, text in rows(capsys).items()}
+    assert found["vit"] == (
+        "159 loaded, 2 adapted (position embeddings of 4×4×2 tokens → 2×3×2; "
+        "1 → 4 input channels: repeated, divided by 4)"
+    )
+    assert found["total"] == "encoder 161 of 161, decoder 0 of 31, output 0 of 2 tensors filled"
 
 
 def test_inspect_prints_the_table_of_a_bundle(model, bundle, capsys):

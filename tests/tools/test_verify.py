@@ -12,7 +12,16 @@ import torch
 import yaml
 
 from tools.release import stage
-from tools.verify import BUNDLES, BundleError, build_network, find_bundles, network_checks, static_checks, verify
+from tools.verify import (
+    BUNDLES,
+    BundleError,
+    build_network,
+    config_problems,
+    find_bundles,
+    network_checks,
+    static_checks,
+    verify,
+)
 
 NAMES = [folder.name for folder in find_bundles(())]
 
@@ -61,11 +70,13 @@ def test_every_bundles_metadata_satisfies_the_schema(name, shared_data):
     assert problems(checks) == []
 
 
-def test_a_released_variant_passes(sources, tmp_path):
-    """SwinUNETR, which is exported by tracing."""
-    folder = stage(sources / "hybridmim_hippocampus_seg", tmp_path, "swin_unetr")
+@pytest.mark.parametrize("variant", ["swin_unetr", "unetr"])
+def test_a_released_variant_passes(sources, tmp_path, variant):
+    """SwinUNETR, which is exported by tracing, and UNETR, which takes one window alone."""
+    folder = stage(sources / "hybridmim_hippocampus_seg", tmp_path, variant)
     for path in (folder / "configs").glob("*.yaml"):
-        path.write_text(path.read_text().replace("swin_feature_size: 48", "swin_feature_size: 12"))
+        text = path.read_text().replace("swin_feature_size: 48", "swin_feature_size: 12")
+        path.write_text(text.replace("vit_hidden_size: 768", "vit_hidden_size: 48"))
     assert problems(static_checks(folder) + network_checks(folder)) == []
 
 
@@ -178,6 +189,14 @@ def test_a_network_that_cannot_be_built_is_found_and_the_rest_is_checked(bundle,
     out = capsys.readouterr().out
     assert "unexpected keyword argument 'featurs'" in out
     assert f"  {'documentation':22}ok" in out
+
+
+def test_overlays_are_read_on_the_config_that_they_are_for(bundle):
+    for file in ("torchscript.yaml", "small.yaml"):  # of inference, of training
+        with (bundle / "configs" / file).open("a") as overlay:
+            overlay.write("evaluator#amp: false\n")
+    (problem,) = config_problems(bundle)
+    assert problem.startswith(f"{bundle}/configs/small.yaml: KeyError: ")
 
 
 def test_an_unknown_bundle_is_refused():

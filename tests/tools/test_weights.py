@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.networks.nets import UNETR, BasicUNet, MaskedAutoEncoderViT, SwinUNETR, ViT
 
 from tools.config import truth
 from tools.weights import WeightsError, load_weights, read_weights
@@ -32,6 +32,15 @@ def test_reads_bare_and_training_checkpoints(tmp_path, wrap):
     ("found", "parts"),
     [
         (lambda: SwinUNETR(1, 1, feature_size=12), ["look like a SwinUNETR", "1 input channel", "are not in this"]),
+        (
+            lambda: UNETR(1, 1, 32, 4, 12, 12, 2),
+            ["look like a UNETR with 1 input channel(s) and 12 features", "not in this"],
+        ),
+        (lambda: ViT(4, 32, 16, 12, 12, 1, 2), ["look like a ViT with 4 input channel(s) and 12 features"]),
+        (
+            lambda: MaskedAutoEncoderViT(1, 32, 16, 12, 12, 1, 2, decoder_hidden_size=12),
+            ["look like a masked autoencoder (MaskedAutoEncoderViT) with 1 input channel(s) and 12 features"],
+        ),
         (lambda: BasicUNet(3, 1, 1, (8, 8, 8, 8, 16, 8)), ["look like a UNet", "8 features", "have another shape"]),
         (lambda: BasicUNet(3, 4, 4, FEATURES), ["4 input channel", "[4, 4, 3, 3, 3], expected [4, 1, 3, 3, 3]"]),
     ],
@@ -46,6 +55,14 @@ def test_other_networks_are_refused(tmp_path, found, parts):
     for part in [str(path), "not the weights of a UNet (BasicUNet) with 1 input channel(s) and 4 features", *parts]:
         assert part in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_unetr_of_another_window_is_refused(tmp_path):
+    torch.save(UNETR(1, 1, 48, 4, 12, 12, 2).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(
+        WeightsError, match=r"position_embeddings \[1, 27, 12\], expected \[1, 8, 12\].*roi_size of a UNETR"
+    ):
+        load_weights(tmp_path / "model.pt", UNETR(1, 1, 32, 4, 12, 12, 2))
 
 
 @pytest.mark.parametrize(

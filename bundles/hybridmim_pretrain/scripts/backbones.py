@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from monai.networks.nets import BasicUNet, SwinUNETR
+from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
+
+from tools.export import SwinUNETR
 
 Box = tuple[slice, slice, slice]
 
