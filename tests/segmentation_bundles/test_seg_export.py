@@ -204,9 +204,9 @@ def test_the_label_map_is_that_of_the_weights_unet(infer, run_bundle, exported, 
 
 
 def test_the_label_map_is_that_of_the_weights_swin_unetr(infer, exported, weights):
-    depths = {"network_def#depths": DEPTHS}
-    expected = infer(["swin_unetr"], ckpt_path=str(weights("hippocampus", "swin_unetr")), **depths)
-    found = infer(["torchscript", "swin_unetr"], ckpt_path=str(exported("hippocampus", "swin_unetr")), **depths)
+    sizes = options("swin_unetr")
+    expected = infer(["swin_unetr"], ckpt_path=str(weights("hippocampus", "swin_unetr")), **sizes)
+    found = infer(["torchscript", "swin_unetr"], ckpt_path=str(exported("hippocampus", "swin_unetr")), **sizes)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -233,39 +233,24 @@ def test_a_traced_network_refuses_another_window_whoever_loads_it(exported):
     assert "window: found [64, 96, 64], expected [64, 64, 64], which this network was traced for" in last
 
 
-def test_another_roi_size_is_refused_before_any_scan_is_read(exported, run_bundle, scans, tmp_path):
-    path = exported("hippocampus", "swin_unetr")
-    done = run_bundle(
-        *("hippocampus", "inferring", ["inference", "swin_unetr", "torchscript"]),
-        check=False,
-        **options("swin_unetr"),
-        dataset_dir=scans,
-        output_dir=tmp_path / "out",
-        ckpt_path=path,
-        roi_size=[96, 64, 64],
-    )
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert f"WeightsError: {path}: roi_size: found [64, 64, 64]" in last and "expected [96, 64, 64]" in last
-    assert not (tmp_path / "out/checked_scans.json").exists()
-
-
 @pytest.mark.parametrize(
-    ("overrides", "found"),
+    ("network", "overrides", "found"),
     [
-        ({"classes": {"hippocampus": [1, 2]}}, "classes: found 3 channels, expected 2"),
-        ({"in_channels": 4}, "in_channels: found 1 channels, expected 4"),
-        ({"unet_features": [8, 8, 8, 8, 16, 8]}, "network_def: found a UNet (BasicUNet) with 1 input channel(s) and 4"),
-        ({"ckpt_path": "{folder}/nosuch.ts"}, "ckpt_path: found no such file, expected TorchScript"),
-        ({"ckpt_path": "{folder}/model.pt"}, "ckpt_path: found what torch.jit.load cannot read, expected TorchScript"),
+        ("unet", {"classes": {"hippocampus": [1, 2]}}, "classes: found 3 channels, expected 2"),
+        ("unet", {"in_channels": 4}, "in_channels: found 1 channels, expected 4"),
+        ("unet", {"unet_features": [8, 8, 8, 8, 16, 8]}, "network_def: found a UNet (BasicUNet) with 1 input channel"),
+        ("unet", {"ckpt_path": "{folder}/nosuch.ts"}, "ckpt_path: found no such file, expected TorchScript"),
+        ("unet", {"ckpt_path": "{folder}/model.pt"}, "ckpt_path: found what torch.jit.load cannot read, expected Torch"),
+        ("swin_unetr", {"roi_size": [96, 64, 64]}, "roi_size: found [64, 64, 64], which it was traced for, expected [96"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_file_that_does_not_fit_is_refused_before_any_scan_is_read(overrides, found, infer, exported, tmp_path):
-    path = exported("hippocampus", "unet")
-    overrides = {"ckpt_path": str(path), **overrides}
+def test_a_file_that_does_not_fit_is_refused_before_any_scan_is_read(
+    network, overrides, found, infer, exported, tmp_path
+):
+    path = exported("hippocampus", network)
+    overrides = {**options(network), "ckpt_path": str(path), **overrides}
     overrides["ckpt_path"] = overrides["ckpt_path"].format(folder=path.parent)
     with pytest.raises(RuntimeError) as error:
-        infer(["torchscript"], **overrides)
+        infer([*configs(network)[1:], "torchscript"], **overrides)
     assert str(root_cause(error.value)).startswith(f"{overrides['ckpt_path']}: {found}")
-    assert not (tmp_path / "out_torchscript").exists()
+    assert not list(tmp_path.rglob("checked_scans.json"))  # of scans that were read

@@ -1,0 +1,237 @@
+"""What the runs of a study have found, read from their folders; everything that a report says comes from here."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.plan import Arm, Row, Run, chosen_rate, finetuning, grid, length, pretraining, rows, testing
+from benchmarks.study.runs import Record, folder_of, read_record
+from benchmarks.study.settings import Study
+from benchmarks.study.statistics import Estimate, estimate, first_reached, mean_difference
+from tools.files import atomic_path
+from tools.handlers import read_metrics
+
+MEAN = "mean"  # over classes, in the place of a class
+RESULTS = "results.csv"
+VALIDATION = "val_mean_dice"
+COLUMNS = (
+    *("run", "network", "method", "pretraining", "finetuning", "label_fraction", "labelled_cases", "seed"),
+    *("learning_rate", "class", "dice", "hd95_mm", "cases", "missed", "steps", "seconds", "seconds_per_step"),
+    *("pretraining_run", "pretraining_seconds", "best_validation_dice", "validation_curve"),
+)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When a fine-tuning reached a Dice.
+
+    Attributes:
+        steps: of training.
+        epochs: of training.
+        seconds: of these steps.
+    """
+
+    steps: int
+    epochs: int
+    seconds: float
+
+
+@dataclass
+class Findings:
+    """Results of a study as far as it is done.
+
+    Everything is asked for by arm and label fraction; the fine-tunings meant are those at the arm's chosen rate.
+    """
+
+    study: Study
+    _records: dict[str, Record | None] = field(default_factory=dict)
+    _curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    _tables: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------- by run
+
+    def record(self, run_id: str) -> Record | None:
+        """Of a finished run."""
+        if run_id not in self._records:
+            self._records[run_id] = read_record(self.study, run_id)
+        return self._records[run_id]
+
+    def curve(self, run_id: str) -> list[tuple[int, float]]:
+        """(Epoch, validation Dice) of a finished fine-tuning."""
+        if run_id not in self._curves:
+            table = read_metrics(folder_of(self.study, run_id) / "metrics.csv") if self.record(run_id) else []
+            self._curves[run_id] = [(int(r["epoch"]), float(r[VALIDATION])) for r in table if r.get(VALIDATION)]
+        return self._curves[run_id]
+
+    def validation(self, run_id: str) -> float | None:
+        """The best validation Dice of a finished fine-tuning, which is that of its model.pt."""
+        return max((dice for _, dice in self.curve(run_id)), default=None)
+
+    def _table(self, run_id: str, name: str) -> list[dict[str, str]]:
+        """Rows of a CSV that a finished test wrote."""
+        if self.record(run_id) is None:
+            return []
+        path = folder_of(self.study, run_id) / name
+        if str(path) not in self._tables:
+            with path.open(newline="", encoding="utf-8") as file:
+                self._tables[str(path)] = list(csv.DictReader(file))
+        return self._tables[str(path)]
+
+    # ------------------------------------------------------------------------------------------- by arm
+
+    def rate(self, arm: Arm, fraction: float) -> float | None:
+        """The chosen learning rate."""
+        return chosen_rate(self.study, arm, fraction, self.validation)
+
+    def candidates(self, arm: Arm, fraction: float) -> dict[float, float | None]:
+        """Every rate of the grid with its best validation Dice."""
+        return {run.rate: self.validation(run.id) for run in grid(self.study, arm, fraction)}
+
+    def finetunings(self, arm: Arm, fraction: float) -> dict[int, str]:
+        """IDs of the finished fine-tunings, by seed."""
+        return self._finished(finetuning, arm, fraction)
+
+    def tests(self, arm: Arm, fraction: float) -> dict[int, str]:
+        """IDs of the finished tests, by seed."""
+        return self._finished(testing, arm, fraction)
+
+    def _finished(self, make: Callable[..., Run], arm: Arm, fraction: float) -> dict[int, str]:
+        rate = self.rate(arm, fraction)
+        if rate is None:
+            return {}
+        ids = {seed: make(self.study, arm, fraction, seed, rate).id for seed in self.study.asked.seeds}
+        return {seed: run_id for seed, run_id in ids.items() if self.record(run_id)}
+
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the bundle."""
+        for row in self.finetuned_rows():
+            for fraction in row.fractions:
+                for run_id in self.tests(row.arm, fraction).values():
+                    return [line["class"] for line in self._table(run_id, "evaluation.csv") if line["class"] != MEAN]
+        return []
+
+    def dice(self, arm: Arm, fraction: float, name: str = MEAN) -> Estimate | None:
+        """Test Dice of a class, or its mean over classes."""
+        found = [
+            _number(line["dice_mean"])
+            for run_id in self.tests(arm, fraction).values()
+            for line in self._table(run_id, "evaluation.csv")
+            if line["class"] == name
+        ]
+        return estimate(found)
+
+    def difference(self, arm: Arm, other: Arm, fraction: float) -> Estimate | None:
+        """Test Dice of an arm minus that of another, paired: over the same cases, seed by seed."""
+        theirs = self.tests(other, fraction)
+        seeds = {seed: run_id for seed, run_id in self.tests(arm, fraction).items() if seed in theirs}
+        return estimate([mean_difference(self._cases(i), self._cases(theirs[seed])) for seed, i in seeds.items()])
+
+    def _cases(self, run_id: str) -> dict[str, float]:
+        """Mean Dice of each test case over its classes; those that are in neither label nor prediction do not count."""
+        by_case: dict[str, list[float]] = defaultdict(list)
+        for line in self._table(run_id, "evaluation_cases.csv"):
+            if line["dice"]:
+                by_case[line["case"]].append(float(line["dice"]))
+        return {case: float(np.mean(values)) for case, values in by_case.items()}
+
+    def curves(self, arm: Arm, fraction: float) -> dict[int, list[tuple[int, float]]]:
+        """(Step, validation Dice) of the finished fine-tunings, by seed."""
+        steps, epochs = length(self.study, fraction)
+        return {
+            seed: [(epoch * steps // epochs, dice) for epoch, dice in self.curve(run_id)]
+            for seed, run_id in self.finetunings(arm, fraction).items()
+        }
+
+    def reached(self, arm: Arm, fraction: float) -> dict[int, Reached | None]:
+        """By seed: when the arm reached the Dice that training from scratch ended with; None: it never did."""
+        ours, scratch = self.curves(arm, fraction), self.curves(arm.baseline, fraction)
+        ids = self.finetunings(arm, fraction)
+        steps, epochs = length(self.study, fraction)
+        found: dict[int, Reached | None] = {}
+        for seed in ours.keys() & scratch.keys():
+            step = first_reached(ours[seed], scratch[seed][-1][1])
+            pace = self.record(ids[seed])["seconds_per_step"] or math.nan
+            found[seed] = None if step is None else Reached(step, step * epochs // steps, step * pace)
+        return dict(sorted(found.items()))
+
+    def pretrainings(self, arm: Arm) -> dict[int, Record]:
+        """Records of the finished pre-trainings, by seed."""
+        found = {seed: self.record(pretraining(self.study, arm, seed).id) for seed in self.study.asked.seeds}
+        return {seed: record for seed, record in found.items() if record}
+
+    def pretraining_seconds(self, arm: Arm) -> Estimate | None:
+        """Of all training steps of a pre-training; 0 from scratch."""
+        if arm.method == "scratch":
+            return Estimate(0.0, None, 1)
+        return estimate([seconds(record) for record in self.pretrainings(arm).values()])
+
+    def finetuned_rows(self) -> list[Row]:
+        """The rows of all tables that have label fractions, each arm and set of fractions once."""
+        found: dict[tuple[Arm, tuple[float, ...]], Row] = {}
+        for table in self.study.asked.tables:
+            for row in rows(self.study, table):
+                if row.fractions:
+                    found.setdefault((row.arm, row.fractions), row)
+        return list(found.values())
+
+    def arms(self) -> Iterator[tuple[Arm, float]]:
+        """Every arm with every label fraction at which it is fine-tuned, each once."""
+        return iter(dict.fromkeys((row.arm, fraction) for row in self.finetuned_rows() for fraction in row.fractions))
+
+    # ----------------------------------------------------------------------------------------- results.csv
+
+    def write_results(self) -> None:
+        """Write results.csv: a row for each test and class."""
+        with atomic_path(self.study.output_dir / RESULTS) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for arm, fraction in self.arms():
+                for seed, run_id in self.tests(arm, fraction).items():
+                    writer.writerows(self._results(arm, fraction, seed, run_id))
+
+    def _results(self, arm: Arm, fraction: float, seed: int, run_id: str) -> Iterator[dict[str, Any]]:
+        tuned = self.finetunings(arm, fraction)[seed]
+        record = self.record(tuned)
+        pretrained = None if arm.method == "scratch" else pretraining(self.study, arm, seed).id
+        cost = round(seconds(self.record(pretrained)), 1) if pretrained else 0
+        common = {
+            "run": run_id,
+            "network": arm.network,
+            "method": arm.method,
+            "pretraining": _text(arm.pretraining),
+            "finetuning": _text(arm.finetuning),
+            "label_fraction": fraction,
+            "labelled_cases": self.study.labelled(fraction),
+            "seed": seed,
+            "learning_rate": self.rate(arm, fraction),
+            "steps": record["steps"],
+            "seconds": "" if record["resumed"] else record["seconds"],  # then it is the last part's
+            "seconds_per_step": record["seconds_per_step"],
+            "pretraining_run": pretrained or "",
+            "pretraining_seconds": cost,
+            "best_validation_dice": self.validation(tuned),
+            "validation_curve": f"runs/{tuned}/metrics.csv",
+        }
+        for line in self._table(run_id, "evaluation.csv"):
+            numbers = {"dice": "dice_mean", "hd95_mm": "hd95_mm_mean", "cases": "cases", "missed": "missed"}
+            yield {**common, "class": line["class"], **{ours: line[theirs] for ours, theirs in numbers.items()}}
+
+
+def seconds(record: Record) -> float:
+    """Of all training steps of a run: reading, validation and the start of the process are not among them."""
+    return record["steps"] * (record["seconds_per_step"] or math.nan)
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan
+
+
+def _text(options: tuple[tuple[str, Any], ...]) -> str:
+    return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in options)
