@@ -71,6 +71,7 @@ class ProgressBar:
     def _close(self) -> None:
         if self.bar is not None:  # a finished run that is resumed has no epoch
             self.bar.close()
+            self.bar = None  # in federated learning, another round follows
 
     def _close_and_raise(self, engine: Engine, error: BaseException) -> None:
         self._close()  # now, so that the error is printed below it

@@ -84,7 +84,6 @@ def _curves(findings: Findings, made: Sequence[Row], path: Path) -> bool:
                     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
                 values += means
                 shown.add(row.arm.method)
-            axes.set_visible(any(fraction in row.fractions for row in of_network))
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
             axes.set_xlim(left=0)
         _limits(across, values)
