@@ -18,6 +18,7 @@ from tools.handlers import (
     BestWeights,
     GradientClipping,
     MetricsCSV,
+    ProgressBar,
     SeedEpochs,
     StopOnBadLoss,
     ValidateEpochs,
@@ -66,6 +67,16 @@ def test_a_resumed_run_replaces_the_rows_that_it_trains_again(tmp_path):
     trainer.load_state_dict({"epoch_length": 2, "max_epochs": 3, "iteration": 2})
     trainer.run()
     assert [(row["epoch"], row["loss"]) for row in read_metrics(path)] == [("1", "1.5"), ("2", "3.5"), ("3", "5.5")]
+
+
+def test_the_progress_bar_comes_back_in_another_round(capsys):
+    """As in federated learning, which runs one trainer several times."""
+    trainer, validator = engines(epochs=1)
+    ProgressBar(validator, ["loss"]).attach(trainer)
+    for _ in range(2):
+        trainer.run()
+        assert "epoch 1/1: 100%" in capsys.readouterr().err
+        trainer.state.epoch = trainer.state.iteration = 0
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (10, [5])])
