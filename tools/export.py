@@ -57,7 +57,7 @@ class SwinUNETR(nets.SwinUNETR):
 
     A traced network keeps what depends on the size of its input as it was, and runs on with wrong numbers at many
     another size; it keeps the device of its attention masks too. This one, once traced, refuses any other window by
-    name, and runs on every device. The file does that itself, whoever loads it.
+    name, and makes its masks on the device of its input. The file does that itself, whoever loads it.
     """
 
     def forward(self, x_in: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ METHODS = {"scratch": "from scratch", "simclr": "SimCLR", "simmim": "SimMIM", "m
 NETWORKS = {"UNet": (), "SwinUNETR": ("swin_unetr",), "UNETR": ("unetr",)}  # overlays of the segmentation bundles
 TABLES = (1, 2, 3, 4, 5, 6)
 NUMBERS = {3: "ablation", 4: "masks", 6: "resolution"}  # of tables that not every preset has
+FIXED = ("split", "networks", "pretraining", "finetuning")  # what all runs of a study share; rows may be added
 STUDY, DATALIST = "study.json", "datalist.json"
 
 
@@ -285,8 +286,8 @@ def _refuse_contradictions(path: Path, found: dict[str, Any], expected: dict[str
     for key in ("bundle", "dataset_dir", "preset"):
         if found[key] != expected[key]:
             raise ValueError(f"{path}: found {key} {found[key]!r}, expected {expected[key]!r}; give another output_dir")
-    changed = differences(found["numbers"], expected["numbers"])
-    if changed:
+    numbers = ({key: study["numbers"][key] for key in FIXED} for study in (found, expected))
+    if changed := differences(*numbers):
         raise ValueError(f"{path}: the preset has changed: {'; '.join(changed)}; give another output_dir")
 
 

@@ -431,9 +431,12 @@ def test_contradictions_are_refused(begin, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"found dataset_dir '{study.dataset_dir}', expected '/elsewhere'"):
         open_study(places[0], "/elsewhere", "laptop", *rest)
     presets = yaml.safe_load((ROOT / "benchmarks/study/presets.yaml").read_text())
+    monkeypatch.setattr("benchmarks.study.settings.PRESETS", tmp_path / "presets.yaml")
+    presets["laptop"]["ablation"]["rows"].append({"name": "more masked", "pretraining": {"mask_ratio": 0.6}})
+    (tmp_path / "presets.yaml").write_text(yaml.safe_dump(presets))
+    assert [row.name for row in rows(begin(), 3)][-1] == "more masked"  # a table may grow
     presets["laptop"]["finetuning"]["steps"][0.25] = 999
     (tmp_path / "presets.yaml").write_text(yaml.safe_dump(presets))
-    monkeypatch.setattr("benchmarks.study.settings.PRESETS", tmp_path / "presets.yaml")
     with pytest.raises(ValueError, match=r"preset has changed: found finetuning steps 0\.25 180, expected 999"):
         begin()
     assert read_study(study.output_dir).preset.finetuning.steps[0.25] == 180  # its report is still that of its runs

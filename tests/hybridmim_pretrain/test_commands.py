@@ -351,7 +351,7 @@ def test_swin_unetr_exports_to_torchscript_by_tracing(command, tmp_path):
 
 def test_unet_exports_to_onnx(trained, network, command, tmp_path):
     command(
-        *("-m", "monai.bundle", "onnx_export", "network_def"),
+        *("-m", "monai.bundle", "onnx_export", "onnx_def"),
         filepath=tmp_path / "model.onnx",
         ckpt_file=trained[0] / "models/model.pt",
         meta_file=f"{BUNDLE}/configs/metadata.json",
