@@ -21,4 +21,4 @@ fi
 . ./setup.sh
 ruff check .
 ruff format --check .
-python -m pytest --numprocesses auto --dist loadfile "$@"
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -14,26 +14,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared/data"
 
 
-# tests that start processes or train
+# tests that start processes or train; the longest first, so that no process ends long after the others
 SLOW = (
-    "test_configs",
-    "test_verify",
-    "test_release",
-    "test_seg_configs",
-    "test_hybridmim",
-    "test_learning",
-    "test_methods",
-    "test_bad_input",
-    "test_commands",
-    "test_distributed",
-    "test_resume",
+    "test_study_smoke",
     "test_seg_commands",
+    "test_install",
+    "test_methods",
+    "test_commands",
+    "test_seg_export",
     "test_seg_training",
+    "test_bad_input",
+    "test_learning",
+    "test_seg_configs",
+    "test_verify",
+    "test_distributed",
     "test_seg_inference",
     "test_seg_federated",
-    "test_seg_export",
-    "test_install",
-    "test_study_smoke",
+    "test_configs",
+    "test_resume",
+    "test_release",
+    "test_hybridmim",
 )
 
 
