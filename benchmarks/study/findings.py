@@ -200,7 +200,7 @@ class Findings:
         tuned = self.finetunings(arm, fraction)[seed]
         record = self.record(tuned)
         pretrained = None if arm.method == "scratch" else pretraining(self.study, arm, seed).id
-        cost = round(seconds(self.record(pretrained)), 1) if pretrained else 0
+        cost = seconds(self.record(pretrained)) if pretrained else 0
         common = {
             "run": run_id,
             "network": arm.network,
@@ -215,7 +215,7 @@ class Findings:
             "seconds": "" if record["resumed"] else record["seconds"],  # then it is the last part's
             "seconds_per_step": record["seconds_per_step"],
             "pretraining_run": pretrained or "",
-            "pretraining_seconds": cost,
+            "pretraining_seconds": "" if math.isnan(cost) else round(cost, 1),
             "best_validation_dice": self.validation(tuned),
             "validation_curve": f"runs/{tuned}/metrics.csv",
         }

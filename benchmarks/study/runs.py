@@ -205,7 +205,7 @@ def conclude(study: Study, child: Child) -> str | None:
         "settings": settings(run),
         "steps": run.steps,
         "seconds": round(time.monotonic() - child.began, 1),
-        "seconds_per_step": _seconds_per_step(folder) if run.steps else None,
+        "seconds_per_step": _seconds_per_step(run, folder) if run.steps else None,
         "peak_memory": child.memory,
         "peak_gpu_memory": _gpu_memory(folder / LOG),
         "resumed": child.resumed,
@@ -219,11 +219,13 @@ def conclude(study: Study, child: Child) -> str | None:
     return None
 
 
-def _seconds_per_step(folder: Path) -> float | None:
-    """Median time from one training step to the next, by TensorBoard's events: validations do not count."""
+def _seconds_per_step(run: Run, folder: Path) -> float | None:
+    """Median time from one training step to the next, by TensorBoard's events; not over a validation."""
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     steps = events.Scalars("loss") if "loss" in events.Tags()["scalars"] else []
-    times = [b.wall_time - a.wall_time for a, b in pairwise(steps) if b.step == a.step + 1]
+    validated = run.steps // run.epochs * run.options["val_interval"]  # after so many steps
+    neighbours = ((a, b) for a, b in pairwise(steps) if b.step == a.step + 1 and a.step % validated)
+    times = [b.wall_time - a.wall_time for a, b in neighbours]
     return statistics.median(times) if times else None
 
 

@@ -143,7 +143,12 @@ def _when(times: dict[int, Reached | None], seeds: int) -> list[str]:
     steps = number(estimate([time.steps for time in reached]), len(reached), digits=0)
     others = ([time.epochs for time in reached], [time.seconds for time in reached])
     run = f" ({len(times)} of {seeds} seeds)" if len(times) < seeds else ""
-    return [f"{len(reached)} of {len(times)}{run}", steps, *(f"{sum(v) / len(v):.0f}" for v in others)]
+    means = [estimate(values) for values in others]
+    return [
+        f"{len(reached)} of {len(times)}{run}",
+        steps,
+        *(MISSING if mean is None else f"{mean.mean:.0f}" for mean in means),
+    ]
 
 
 def _faster(findings: Findings, arm: Arm, other: Arm, fraction: float) -> str:
