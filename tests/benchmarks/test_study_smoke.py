@@ -31,7 +31,8 @@ def start(*words):
 def test_the_smoke_preset(tmp_path):
     sample_data(str(tmp_path / "data"), kind="hippocampus", cases=8)
     folder = tmp_path / "study"
-    words = ("--dataset_dir", tmp_path / "data", "--output_dir", folder, "--preset", "smoke")
+    # two at a time: tiny networks are many times slower with two threads on a busy machine
+    words = ("--dataset_dir", tmp_path / "data", "--output_dir", folder, "--preset", "smoke", "--jobs", 2)
     printed = start(*words)
     assert "all are done" in printed
 
