@@ -345,7 +345,7 @@ def test_inference_paints_a_whole_scan(workflow, ct_scans, tmp_path, method):
     ("overlays", "said"),
     [
         (["mae", "vit"], "found a ViTBackbone that the MAE does not train"),
-        (["mae", "swin_unetr"], "region_size [16, 16, 16] must be a multiple of the bottleneck stride"),
+        (["mae", "swin_unetr"], "found a SwinUNETRBackbone that the MAE does not train"),
         (["vit"], "HybridMIM trains a decoder: found a ViTBackbone"),
     ],
     ids=["mae+vit", "mae+swin_unetr", "vit"],

@@ -33,7 +33,6 @@ class ViTBackbone(ViT):
     ) -> None:
         super().__init__(in_channels, roi_size, TOKEN, hidden_size, mlp_size, LAYERS, heads, pos_embed_type="sincos")
         self.grid = [side // TOKEN for side in roi_size]
-        self.in_channels = in_channels
         self.bottleneck_channels = hidden_size
 
     @property
