@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 Case = dict[str, Any]  # {"image": path or paths, one for each channel; "label": path}
 
+SECTIONS = ("training", "validation", "test")
 NIFTI = (".nii", ".nii.gz")
 BTCV_TRAINING = (*range(1, 11), *range(21, 35))  # numbers of the usual split, as most papers report it
 BTCV_VALIDATION = tuple(range(35, 41))
@@ -56,6 +57,19 @@ class TrainingCases:
     training: list[Case]
     validation: list[Case]
     test: list[Case]
+
+    def section(self, name: str) -> list[Case]:
+        """The cases of a section, which must not be empty.
+
+        Raises:
+            ScanError: there is no such section, or nothing in it.
+        """
+        cases = getattr(self, name) if name in SECTIONS else None
+        if not cases:
+            found = f"{name!r}" if cases is None else f"no case in {name!r}"
+            full = [section for section in SECTIONS if getattr(self, section)]
+            raise ScanError(f"evaluated: found {found}, expected {' or '.join(full)} (`test` needs a data list)")
+        return cases
 
 
 # ---------------------------------------------------------------------------------------------- finding cases

@@ -14,6 +14,7 @@ import pytest
 
 from tools.cases import (
     BTCV_VALIDATION,
+    TrainingCases,
     absent_classes,
     btcv_split,
     find_cases,
@@ -495,3 +496,11 @@ def test_absent_classes():
     classes = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4], "edema": [2]}
     assert absent_classes(scans, classes) == ["ET", "edema"]
     assert absent_classes([], classes) == list(classes)
+
+
+def test_a_section_to_evaluate_must_be_one_and_hold_cases():
+    cases = TrainingCases([{"image": "a", "label": "b"}], [{"image": "c", "label": "d"}], [])
+    assert cases.section("validation") == cases.validation
+    for name, found in (("tests", "'tests'"), ("test", "no case in 'test'"), ("section", "'section'")):
+        with pytest.raises(ScanError, match=f"evaluated: found {found}, expected training or validation"):
+            cases.section(name)
