@@ -172,7 +172,8 @@ def _row(study: Study, row: Mapping[str, Any], fractions: tuple[float, ...]) -> 
         asked = _sizes(study, row["network"], row.get("pretraining", {}))
         if asked is None:
             return None
-        pretraining = _changes(asked, _pretrain_files(study, usual), _pretrain_options(study, usual))
+        options = {**_pretrain_options(study, usual), "epochs": study.preset.pretraining.epochs}
+        pretraining = _changes(asked, _pretrain_files(study, usual), options)
     finetuning = _changes(row.get("finetuning", {}), _finetune_files(study, usual), _finetune_options(study, usual))
     return Row(row["name"], Arm(row["network"], row["method"], pretraining, finetuning), fractions)
 
@@ -252,9 +253,10 @@ def _with_sizes(study: Study, arm: Arm, files: tuple[str, ...], options: Mapping
 def pretraining(study: Study, arm: Arm, seed: int) -> Run:
     """The pre-training of an arm."""
     numbers = study.preset.pretraining
+    epochs = dict(arm.pretraining).get("epochs", numbers.epochs)
     options = {
         **_pretrain_options(study, arm),
-        **_rhythm(numbers.epochs, numbers.validations),
+        **_rhythm(epochs, numbers.validations),
         "seed": seed,
         **dict(arm.pretraining),
     }
@@ -268,8 +270,8 @@ def pretraining(study: Study, arm: Arm, seed: int) -> Run:
         rate=None,
         configs=_pretrain_files(study, arm),
         options=options,
-        steps=numbers.epochs * max(1, scans // batch),  # an incomplete batch is left out
-        epochs=numbers.epochs,
+        steps=epochs * max(1, scans // batch),  # an incomplete batch is left out
+        epochs=epochs,
         needs=(),
     )
 
