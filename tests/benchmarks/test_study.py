@@ -76,7 +76,7 @@ def test_shared_runs_are_planned_once(begin):
 def test_rows_that_change_nothing_are_the_method_as_configured(begin):
     arms = {row.name: row.arm for row in rows(begin(), 3)}
     assert arms["as configured"] == arms["encoder transferred"] == HYBRIDMIM
-    assert arms["uniform masking"] == Arm("UNet", "hybridmim", (("mask_scheme", "uniform"),))
+    assert arms["without contrastive learning"] == Arm("UNet", "hybridmim", (("weight_cl", 0),))
     # transfers share the pre-training
     assert arms["everything transferred"] == Arm("UNet", "hybridmim", (), (("pretrained_parts", "all"),))
     gpu = {row.name: row.arm for row in rows(begin_another(begin, "gpu"), 4)}
@@ -311,7 +311,7 @@ def test_the_report_has_the_numbers_of_the_runs(begin, end_all):
     table = section(text, "Table 3.")
     assert cells(table, "from scratch", "0.05") == [["0.813 ± 0.127", "—", "-0.035 ± 0.064"]]
     assert cells(table, "as configured", "0.05") == [["0.848 ± 0.064", "+0.035 ± 0.064", "—"]]
-    assert cells(table, "uniform masking", "0.05") == [["—", "—", "—"]]
+    assert cells(table, "without contrastive learning", "0.05") == [["—", "—", "—"]]
 
     rates = section(text, "Learning rates")
     assert cells(rates, "UNet", "HybridMIM", "") == [["0.8409", "0.8430", "0.01"]]
