@@ -172,8 +172,7 @@ def _row(study: Study, row: Mapping[str, Any], fractions: tuple[float, ...]) -> 
         asked = _sizes(study, row["network"], row.get("pretraining", {}))
         if asked is None:
             return None
-        options = {**_pretrain_options(study, usual), "epochs": study.preset.pretraining.epochs}
-        pretraining = _changes(asked, _pretrain_files(study, usual), options)
+        pretraining = _changes(asked, _pretrain_files(study, usual), _pretrain_options(study, usual))
     finetuning = _changes(row.get("finetuning", {}), _finetune_files(study, usual), _finetune_options(study, usual))
     return Row(row["name"], Arm(row["network"], row["method"], pretraining, finetuning), fractions)
 
@@ -218,10 +217,11 @@ def _pretrain_files(study: Study, arm: Arm) -> tuple[str, ...]:
 
 def _pretrain_options(study: Study, arm: Arm) -> dict[str, Any]:
     """As many channels as the fine-tuning has, its spacing, and the preset's options."""
+    numbers = study.preset.pretraining
     segmentation = read_configs(_finetune_files(study, arm))
     spacing = {"spacing": segmentation["spacing"]} if segmentation["spacing"] else {}
-    options = {"in_channels": segmentation["in_channels"], **spacing, **study.preset.pretraining.options}
-    return _with_sizes(study, arm, _pretrain_files(study, arm), options)
+    usual = {"in_channels": segmentation["in_channels"], **spacing, "epochs": numbers.epochs, **numbers.options}
+    return _with_sizes(study, arm, _pretrain_files(study, arm), {**usual, **numbers.methods.get(arm.method, {})})
 
 
 def _finetune_files(study: Study, arm: Arm, *overlays: str) -> tuple[str, ...]:
@@ -253,13 +253,9 @@ def _with_sizes(study: Study, arm: Arm, files: tuple[str, ...], options: Mapping
 def pretraining(study: Study, arm: Arm, seed: int) -> Run:
     """The pre-training of an arm."""
     numbers = study.preset.pretraining
-    epochs = dict(arm.pretraining).get("epochs", numbers.epochs)
-    options = {
-        **_pretrain_options(study, arm),
-        **_rhythm(epochs, numbers.validations),
-        "seed": seed,
-        **dict(arm.pretraining),
-    }
+    options = {**_pretrain_options(study, arm), **dict(arm.pretraining)}
+    epochs = options["epochs"]
+    options |= {**_rhythm(epochs, numbers.validations), "seed": seed}
     scans, batch = len(study.cases("training")), options["batch_size"]
     return Run(
         id="_".join(["pretrain", arm.network, arm.method, *_slugs(arm.pretraining), f"seed{seed}"]),

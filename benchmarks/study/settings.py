@@ -34,12 +34,13 @@ STUDY, DATALIST = "study.json", "datalist.json"
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Numbers that all pre-trainings share."""
+    """Numbers that all pre-trainings share, and what a method has in place of them."""
 
     overlays: list[str]
     epochs: int
     validations: int
     options: dict[str, Any]
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, by method
 
 
 @dataclass(frozen=True)

@@ -299,9 +299,7 @@ def test_the_report_has_the_numbers_of_the_runs(begin, end_all):
     assert difference == ["+0.035 ± 0.064"] * 3
     assert cells(table, "UNETR", "from scratch")[0] == ["—", "", "—"]  # not planned at 25 %
     # rate, then the classes: 0.02 below and above
-    assert cells(table, "UNet", "0.05", "from scratch") == [
-        ["0.01", "0.793 ± 0.127", "0.833 ± 0.127", "0.813 ± 0.127"]
-    ]
+    assert cells(table, "UNet", "0.05", "from scratch") == [["0.01", "0.793 ± 0.127", "0.833 ± 0.127", "0.813 ± 0.127"]]
 
     # scratch ends with 0.803 (0.823), in eighths; HybridMIM has 7/8 of 0.843 (0.853) before that
     table = section(text, "Table 2.")
@@ -436,7 +434,8 @@ def test_contradictions_are_refused(begin, tmp_path, monkeypatch):
     presets["laptop"]["ablation"]["rows"].append({"name": "more epochs", "pretraining": {"epochs": 90}})
     (tmp_path / "presets.yaml").write_text(yaml.safe_dump(presets))
     grown = begin()
-    assert (row := rows(grown, 3)[-1]).name == "more epochs"  # a table may grow
+    row = rows(grown, 3)[-1]
+    assert row.name == "more epochs"  # a table may grow
     longer, usual = (pretraining(grown, arm, 0) for arm in (row.arm, HYBRIDMIM))
     assert (longer.epochs, longer.options["epochs"], longer.options["val_interval"]) == (90, 90, 45)
     assert longer.steps / usual.steps == longer.epochs / usual.epochs

@@ -19,7 +19,10 @@ from .vit import ViTBackbone
 
 
 class SimCLR(nn.Module):
-    """An encoder and a head of two layers.
+    """An encoder and a head of two layers, each with a batch norm, as in SimCLR's published code.
+
+    The norms matter: at the start the vectors of all crops are nearly the same, and without them a small batch gives
+    so faint a gradient that they stay so, with the loss at chance. Each process norms its own crops.
 
     Args:
         backbone: any; of one with a decoder, the decoder is not trained.
@@ -30,7 +33,10 @@ class SimCLR(nn.Module):
         super().__init__()
         width = backbone.bottleneck_channels
         self.backbone = backbone
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_size))
+        self.head = nn.Sequential(
+            *(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()),
+            *(nn.Linear(width, projection_size, bias=False), nn.BatchNorm1d(projection_size)),
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Crops [B, C, H, W, D] → one vector each, [B, E]."""
