@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import BasicUNet
+
+from benchmarks.linear_probe import LEVELS, STRIDES, dice, features, fit, main, probe
+from tools.sample_data import sample_data
+
+
+def test_the_map_is_the_weighted_least_squares_solution():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=draw)
+    label = (x[:, 0] + 0.3 * torch.randn(300, generator=draw) > 0.8).long() + (x[:, 1] > 1)
+    weight = np.array([1 / np.sqrt((label == c).sum().item()) for c in label])
+    rows = np.column_stack([x.double().numpy(), np.ones(300)])
+    slow, *_ = np.linalg.lstsq(rows * np.sqrt(weight)[:, None], np.eye(3)[label] * np.sqrt(weight)[:, None], rcond=None)
+    np.testing.assert_allclose(fit(x, label, 3).numpy(), slow, atol=1e-4)
+
+
+def test_features_that_tell_everything_and_nothing():
+    label = torch.arange(3000) % 3
+    told = torch.nn.functional.one_hot(label, 3).float()
+    for x, least, most in ((told, 1.0, 1.0), (torch.zeros(3000, 3), 0.0, 0.6)):
+        scores = torch.cat([x, torch.ones(3000, 1)], 1).double() @ fit(x, label, 3)
+        found = dice(scores.argmax(1), label, 3)
+        assert least <= sum(found) / 2 <= most
+
+
+def test_dice_leaves_out_the_background_and_absent_classes():
+    assert dice(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 0, 0]), 4) == [pytest.approx(2 / 3)]
+
+
+def test_features_are_those_of_every_level():
+    network = BasicUNet(3, 1, 3, features=[4, 4, 8, 8, 16, 4]).eval()
+    image = torch.rand(1, 32, 48, 32)
+    levels = features(network, image)
+    assert [level.shape[1] for level in levels] == [4, 4, 8, 8, 16]
+    assert all(len(level) == 32 * 48 * 32 for level in levels) and len(levels) == len(STRIDES)
+    first = network.conv_0(image[None])
+    torch.testing.assert_close(levels[0], first[0].flatten(1).T)
+
+
+def test_a_class_that_the_first_level_shows_is_found():
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, 32, 32, 32, generator=draw) for _ in range(3)]
+    items = [(image, (image > 0.7).long().flatten()) for image in images]
+    torch.manual_seed(0)
+    found = probe(BasicUNet(3, 1, 2, features=[16, 4, 8, 8, 16, 4]), items[:2], items[2:], 2)
+    assert len(found) == len(LEVELS)
+    assert found[0] > 0.5 and found[-1] > 0.5  # white noise: the bottleneck cannot know
+    assert found[4] < found[0]
+
+
+def test_the_table(tmp_path, capsys):
+    root = tmp_path / "data"
+    sample_data(str(root), "hippocampus", 5)
+    torch.manual_seed(0)
+    torch.save(BasicUNet(3, 1, 1, features=[4, 4, 8, 8, 16, 4]).state_dict(), tmp_path / "backbone.pt")
+    options = {"roi_size": [32, 32, 32], "unet_features": [4, 4, 8, 8, 16, 4]}
+    main(str(root), str(tmp_path / "backbone.pt"), training_cases=2, fresh=1, **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    cells = [line.split(" | ") for line in lines[2:]]
+    assert cells[1][0] == f"| {tmp_path / 'backbone.pt'}"
+    assert all(0 <= float(cell.rstrip(" |")) <= 1 for line in cells for cell in line[1:])
+
+
+def test_another_network_is_refused(tmp_path):
+    root = tmp_path / "data"
+    sample_data(str(root), "hippocampus", 5)
+    with pytest.raises(ValueError, match="overlays: found a SwinUNETR, expected a UNet"):
+        main(str(root), overlays="small,swin_unetr", training_cases=1)
