@@ -370,11 +370,11 @@ def test_simclr_in_two_processes(command, ct_scans, tmp_path):
         dataset_dir=ct_scans,
         output_dir=tmp_path / "out",
         ckpt_dir=tmp_path / "models",
-        **{**TINY, "epochs": 1, "crops_per_volume": 1},
+        **{**TINY, "epochs": 1, "crops_per_volume": 1, "temperature": 100},  # the vectors hardly matter
     )
     assert "two crops of each scan" in done.stdout
     (row,) = read_metrics(tmp_path / "out/metrics.csv")
-    assert float(row["loss_cl"]) == pytest.approx(math.log(7), rel=0.3)  # eight views of four pairs
+    assert float(row["loss_cl"]) == pytest.approx(math.log(7), abs=0.1)  # eight views of four pairs
 
 
 def test_a_resumed_mae_ends_as_the_uninterrupted_one(workflow, ct_scans, tmp_path):
