@@ -70,6 +70,8 @@ def _curves(findings: Findings, made: Sequence[Row], path: Path) -> bool:
     for across, (network, of_network) in zip(grid, networks.items(), strict=True):
         values: list[float] = []
         for axes, fraction in zip(across, fractions, strict=True):
+            if not any(fraction in row.fractions for row in of_network):
+                axes.set_axis_off()
             for row in of_network:
                 points = _band(findings.curves(row.arm, fraction)) if fraction in row.fractions else []
                 if not points:
@@ -90,8 +92,9 @@ def _curves(findings: Findings, made: Sequence[Row], path: Path) -> bool:
         across[0].set_ylabel(f"{network}\nvalidation Dice", fontsize=9)
     for axes, fraction in zip(grid[0], fractions, strict=True):
         axes.set_title(_fraction(findings, fraction), fontsize=9)
-    for axes in grid[-1]:
-        axes.set_xlabel("training steps", fontsize=9)
+    for column in zip(*grid, strict=True):
+        lowest = [axes for axes in column if axes.axison][-1]
+        lowest.set_xlabel("training steps", fontsize=9)
     return _save(figure, path, shown)
 
 
