@@ -21,8 +21,8 @@ from .vit import ViTBackbone
 class SimCLR(nn.Module):
     """An encoder and a head of two layers, each with a batch norm, as in SimCLR's published code.
 
-    The norms matter: at the start the vectors of all crops are nearly the same, and without them a small batch gives
-    so faint a gradient that they stay so, with the loss at chance. Each process norms its own crops.
+    At the start the vectors of all crops are nearly the same; the norms take away what they share. Each process norms
+    its own crops.
 
     Args:
         backbone: any; of one with a decoder, the decoder is not trained.
