@@ -10,6 +10,7 @@ rows are fresh networks: weights that are not above them have learnt nothing tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,20 @@ def main(
         options: keys of train.yaml, such as `--roi_size "[32,48,32]"`.
 
     Raises:
-        ValueError: the network is no UNet.
+        ValueError: there is no such bundle, overlay, key or file, the classes overlap, or the network is no UNet.
     """
     folder = ROOT / f"bundles/hybridmim_{bundle}_seg"
     names, paths = (
         [name for name in (text.split(",") if isinstance(text, str) else text) if name] for text in (overlays, weights)
     )
+    files = [folder / f"configs/{name}.yaml" for name in ("train", *names)]
+    for path in (*files, *map(Path, paths)):
+        if not path.is_file():
+            raise ValueError(f"{path}: found no such file, expected a config of a bundle, or weights")
     parser = ConfigParser()
-    parser.read_config([str(folder / f"configs/{name}.yaml") for name in ("train", *names)])
+    parser.read_config([str(path) for path in files])
+    if unknown := [key for key in options if key not in parser.config]:
+        raise ValueError(f"options: found {', '.join(unknown)}, expected keys of {files[0]}")
     asked = {"bundle_root": str(folder), "dataset_dir": dataset_dir, "datalist": datalist, "device": "cpu"}
 
     def parsed(key: str, **more: Any) -> Any:
@@ -121,6 +128,8 @@ def main(
         parser.parse(reset=True)
         return parser.get_parsed_content(key)
 
+    if (activation := parsed("activation")) != "softmax":
+        raise ValueError(f"bundle: {bundle} has activation {activation}, expected softmax: one class for each voxel")
     cases, classes = parsed("cases"), len(parsed("classes")) + 1
     middle = ResizeWithPadOrCropd(keys=["image", "label"], spatial_size=parsed("roi_size"))
     prepare = Compose([*parsed("load"), middle])
@@ -145,4 +154,7 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    try:
+        fire.Fire(main)
+    except ValueError as error:  # wrong input: its message says all
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -70,3 +70,18 @@ def test_another_network_is_refused(tmp_path):
     sample_data(str(root), "hippocampus", 5)
     with pytest.raises(ValueError, match="overlays: found a SwinUNETR, expected a UNet"):
         main(str(root), overlays="small,swin_unetr", training_cases=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bundle": "heart"}, r"hybridmim_heart_seg/configs/train\.yaml: found no such file"),
+        ({"overlays": "tiny"}, r"tiny\.yaml: found no such file"),
+        ({"weights": "nowhere.pt"}, r"nowhere\.pt: found no such file"),
+        ({"unet_feature": [4]}, r"options: found unet_feature, expected keys of"),
+        ({"bundle": "brats"}, "bundle: brats has activation sigmoid, expected softmax"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_scan_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        main("nowhere", **options)
