@@ -237,8 +237,9 @@ def scan_lines(training: Sequence[Scan], validation: Sequence[Scan], left_out: S
         ("shape", f"{axis_ranges([s.shape for s in scans])} voxels"),
         ("spacing", f"{axis_ranges([s.spacing for s in scans])} mm"),
         ("intensity", f"{min(s.low for s in scans):.5g} … {max(s.high for s in scans):.5g}"),
-        ("left out", str(len(left_out))),
     ]
+    if left_out:
+        lines.append(("left out", str(len(left_out))))
     return lines + [("", f"{_name(scan)}: {scan.problem}") for scan in left_out[:10]]
 
 

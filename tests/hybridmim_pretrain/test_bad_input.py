@@ -240,7 +240,7 @@ def swin(configs):
     return [configs, "swin_unetr", "small", *(["evaluate"] if configs == "train" else [])]
 
 
-@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#0")])
+@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#1")])
 def test_weights_of_another_backbone(refused, unet_weights, ct_scans, base, step):
     error = refused(swin(base), step, ckpt_path=str(unet_weights), dataset_dir=str(ct_scans))
     assert isinstance(error, WeightsError)
@@ -250,7 +250,7 @@ def test_weights_of_another_backbone(refused, unet_weights, ct_scans, base, step
     )
 
 
-@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#0")])
+@pytest.mark.parametrize(("base", "step"), [("train", "evaluating#0"), ("inference", "inferring#1")])
 def test_weights_that_are_not_there(refused, tmp_path, ct_scans, base, step):
     configs = [base, "small", *(["evaluate"] if base == "train" else [])]
     missing = tmp_path / "nowhere/model.pt"
@@ -261,9 +261,14 @@ def test_weights_that_are_not_there(refused, tmp_path, ct_scans, base, step):
 def test_weights_that_are_no_checkpoint(refused, tmp_path, ct_scans):
     path = tmp_path / "model.pt"
     path.write_bytes(b"not a checkpoint")
-    error = refused(["inference", "small"], "inferring#0", ckpt_path=str(path), dataset_dir=str(ct_scans))
+    error = refused(["inference", "small"], "inferring#1", ckpt_path=str(path), dataset_dir=str(ct_scans))
     assert isinstance(error, WeightsError)
     assert str(error).startswith(f"{path}: not a checkpoint that torch.load(weights_only=True) can read")
+
+
+def test_inference_with_a_method_that_makes_no_image(refused, ct_scans):
+    error = refused(["inference", "simclr", "small"], "inferring#0", dataset_dir=str(ct_scans))
+    assert str(error).startswith("config_file: found simclr.yaml, whose network makes no image, expected the overlays")
 
 
 # ---------------------------------------------------------------------------------- a loss that is not finite

@@ -7,11 +7,26 @@ from pathlib import Path
 
 from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
-from torch import Tensor
+from torch import Tensor, nn
 
 from tools.figures import reconstruction_figure
 from tools.losses import expand_mask, inside
 from tools.scans import EXTENSIONS
+
+from .simclr import SimCLR
+
+
+def require_reconstruction(network: nn.Module) -> None:
+    """Refuse, before scans are read, a network that has nothing to show.
+
+    Raises:
+        TypeError: it makes no image.
+    """
+    if isinstance(network, SimCLR):
+        raise TypeError(
+            "config_file: found simclr.yaml, whose network makes no image, expected the overlays of a method that "
+            "does (HybridMIM needs none; mae.yaml, simmim.yaml). SimCLR is measured by `run evaluating` with train.yaml"
+        )
 
 
 class CompareReconstructiond(Transform):
@@ -41,7 +56,7 @@ class SaveReconstructionFigured(Transform):
 
     def __init__(self, figure_dir: str | Path, scan_root: str | Path) -> None:
         self.figure_dir = Path(figure_dir)
-        self.scan_root = Path(scan_root)
+        self.scan_root = Path(scan_root).absolute()
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Draw the first channel, without the padding."""
