@@ -43,8 +43,9 @@ def draw(findings: Findings) -> dict[str, str]:
     made = [row for row in rows(findings.study, 1) if row.fractions] if asked else []
     seeds = len(findings.study.asked.seeds)
     bands = f"means over {seeds} seeds and 95 % intervals, which end at the frame" if seeds > 1 else "one seed"
+    lines = f"{bands}; thin lines: each seed" if seeds > 1 else bands
     pictures = {
-        "figures/curves.png": (_curves, f"Validation Dice against training steps; {bands}."),
+        "figures/curves.png": (_curves, f"Validation Dice against training steps; {lines}."),
         "figures/labels.png": (_labels, f"Test Dice against the number of labelled training cases; {bands}."),
         "figures/cost.png": (_cost, f"Test Dice with the fewest labels against the cost of pre-training; {bands}."),
     }
@@ -73,7 +74,8 @@ def _curves(findings: Findings, made: Sequence[Row], path: Path) -> bool:
             if not any(fraction in row.fractions for row in of_network):
                 axes.set_axis_off()
             for row in of_network:
-                points = _band(findings.curves(row.arm, fraction)) if fraction in row.fractions else []
+                curves = findings.curves(row.arm, fraction) if fraction in row.fractions else {}
+                points = _band(curves)
                 if not points:
                     continue
                 colour, marker, line = STYLES[row.arm.method]
@@ -83,7 +85,9 @@ def _curves(findings: Findings, made: Sequence[Row], path: Path) -> bool:
                 wide = [found.half_width or 0 for _, found in points]
                 if any(wide):
                     low, high = np.subtract(means, wide), np.add(means, wide)
-                    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+                    axes.fill_between(steps, low, high, color=colour, alpha=0.08, linewidth=0)
+                    for curve in curves.values():
+                        axes.plot(*zip(*curve, strict=True), line, color=colour, alpha=0.6, linewidth=0.5)
                 values += means
                 shown.add(row.arm.method)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
