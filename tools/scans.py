@@ -252,7 +252,7 @@ def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
         return root_of(datalist_items(datalist, dataset_dir, "test"))
     folder = Path(dataset_dir)
     series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
-    return str(folder.parent if series else folder)
+    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."
 
 
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
