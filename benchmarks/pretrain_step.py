@@ -19,7 +19,8 @@ import fire
 import torch
 from monai.bundle import ConfigParser
 
-from tools.start import size_text, training_memory
+from tools.common.text import bytes_text
+from tools.training.requirements import training_memory
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/hybridmim_pretrain"
 
@@ -92,7 +93,7 @@ def main(overlays: str = "small", device: str = "", crops: int = 2, steps: int =
     first = statistics.median(times["as configured"])
     for name, (_, kept) in variants.items():
         median = statistics.median(times[name])
-        print(f"| {name} | {median:.3f} | {median / first:.2f} | {size_text(peaks.get(name, kept))} |")
+        print(f"| {name} | {median:.3f} | {median / first:.2f} | {bytes_text(peaks.get(name, kept))} |")
 
 
 if __name__ == "__main__":

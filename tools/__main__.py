@@ -6,16 +6,16 @@ import sys
 
 import fire
 
-from tools.check import check
-from tools.comparison import compare
-from tools.datalist import brats, btcv, msd, pretrain
-from tools.figures import curves_figure
-from tools.install import install
-from tools.monailabel import serve
-from tools.release import release
-from tools.sample_data import sample_data
-from tools.transfer import inspect
-from tools.verify import verify
+from tools.commands.check import check
+from tools.commands.compare import compare
+from tools.commands.datalist import brats, btcv, msd, pretrain
+from tools.results.figures import curves_figure
+from tools.samples.sample_data import sample_data
+from tools.shipping.install import install
+from tools.shipping.monailabel import serve
+from tools.shipping.release import release
+from tools.shipping.verify import verify
+from tools.weights.transfer import inspect
 
 COMMANDS = {
     "check": check,

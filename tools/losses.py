@@ -1,4 +1,4 @@
-"""The losses of pre-training.
+"""The losses of every bundle.
 
 HybridMIM has three levels of learning and five terms (arXiv 2303.10333, Fig. 1):
 
@@ -8,8 +8,8 @@ region  `loss_num`  how many patches of a region are masked
         `loss_con`  that the two answers agree
 sample  `loss_cl`   two encodings of one crop, with different dropout, find each other among all crops
 
-Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum. The losses of the other methods stand
-at the end: `MaskedL1Loss` of MAE and SimMIM, `ContrastiveLoss` of SimCLR.
+Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum. The others follow: `MaskedL1Loss` of MAE
+and SimMIM, `ContrastiveLoss` of SimCLR, `DiceBCELoss` of classes that overlap.
 
 The targets are derived from the mask, so there is nothing to store: the mask has one entry for each patch,
 the predictions one for each region, and the patches of a region are the ones inside its box.
@@ -18,10 +18,12 @@ Padding counts for nothing: intensities lie in (0, 1], so a voxel that is 0 in e
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 
@@ -38,7 +40,7 @@ class Prediction(NamedTuple):
     views: tuple[Tensor, Tensor] | None = None  # two [N, E] projections of N crops (of all ranks)
 
 
-def inside(image: Tensor) -> Tensor:
+def scan_voxels(image: Tensor) -> Tensor:
     """Voxels that belong to the scan, not to its padding: [B, C, H, W, D] → bool [B, 1, H, W, D]."""
     return (image > 0).any(dim=1, keepdim=True)
 
@@ -78,7 +80,7 @@ def region_targets(image: Tensor, mask: Tensor, regions: tuple[int, ...] | torch
     number of a region that holds one.
     """
     patch_size = [s // p for s, p in zip(image.shape[2:], mask.shape[2:], strict=True)]
-    scan = F.max_pool3d(inside(image).float(), patch_size) > 0
+    scan = F.max_pool3d(scan_voxels(image).float(), patch_size) > 0
     location, counts = patches_by_region(mask, regions), patches_by_region(scan, regions)
     return RegionTargets(location, location.sum(1), counts, counts.all(1))
 
@@ -95,7 +97,7 @@ class PartialRegionLoss(nn.Module):
     def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> Tensor:
         """Image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalar."""
         box = (..., *prediction.box)
-        counted = expand_mask(mask, image.shape[2:])[box] & inside(image[box])
+        counted = expand_mask(mask, image.shape[2:])[box] & scan_voxels(image[box])
         return _mean((prediction.reconstruction.float() - image[box]) ** 2, counted)
 
 
@@ -223,7 +225,7 @@ class MaskedL1Loss(nn.Module):
 
     def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`loss` and, the same, `loss_l1`: image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalars."""
-        counted = expand_mask(mask, image.shape[2:]) & inside(image)
+        counted = expand_mask(mask, image.shape[2:]) & scan_voxels(image)
         loss = _mean((prediction.reconstruction.float() - image).abs(), counted)
         return {"loss": loss, "loss_l1": loss}
 
@@ -245,3 +247,29 @@ class ContrastiveLoss(nn.Module):
         """`loss` and, the same, `loss_cl`, as scalars; the views are all that counts."""
         loss = self.contrastive(*prediction.views)
         return {"loss": loss, "loss_cl": loss}
+
+
+def class_masks(label_map: Tensor, classes: Mapping[str, Sequence[int]]) -> Tensor:
+    """Label map [..., 1, H, W, D] of integers → bool masks [..., K, H, W, D], one for each class."""
+    return torch.cat([torch.isin(label_map, label_map.new_tensor(list(v))) for v in classes.values()], dim=-4)
+
+
+class DiceBCELoss(nn.Module):
+    """Dice loss plus binary cross-entropy of each class by itself: for classes that overlap.
+
+    (MONAI's `DiceCELoss` takes the cross-entropy over the classes as if they excluded each other.)
+
+    Args:
+        classes: name → label values.
+    """
+
+    def __init__(self, classes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.classes = dict(classes)
+        self.dice = DiceLoss(sigmoid=True, batch=True)
+        self.cross_entropy = nn.BCEWithLogitsLoss()
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Logits [B, K, H, W, D], label map [B, 1, H, W, D] → scalar."""
+        masks = class_masks(label, self.classes).to(logits.dtype)
+        return self.dice(logits, masks) + self.cross_entropy(logits, masks)

@@ -1,6 +1,6 @@
 """The figures of a report: learning curves, Dice against labels, and Dice against what pre-training costs.
 
-Drawn as `tools.figures` does, without pyplot. An arm has the same colour, marker and line in all of them.
+Drawn as `tools.results.figures` does, without pyplot. An arm has the same colour, marker and line in all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.study.findings import Findings
 from benchmarks.study.plan import Row, rows
 from benchmarks.study.settings import METHODS
 from benchmarks.study.statistics import Estimate, estimate
-from tools.files import atomic_path
+from tools.common.files import atomic_path
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and lines tell them apart in grey
 STYLES = {

@@ -15,8 +15,8 @@ from benchmarks.study.plan import Arm, Row, Run, chosen_rate, finetuning, grid, 
 from benchmarks.study.runs import Record, folder_of, read_record
 from benchmarks.study.settings import Study
 from benchmarks.study.statistics import Estimate, estimate, first_reached, mean_difference
-from tools.files import atomic_path
-from tools.handlers import read_metrics
+from tools.common.files import atomic_path
+from tools.common.tables import read_metrics
 
 MEAN = "mean"  # over classes, in the place of a class
 RESULTS = "results.csv"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.settings import ROOT
-from tools.start import size_text
+from tools.common.text import bytes_text
 
 
 def describe() -> dict[str, str]:
@@ -21,7 +21,7 @@ def describe() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "processor": _processor(),
         "cores": str(cores()),
-        "memory": size_text(memory),
+        "memory": bytes_text(memory),
         "python": platform.python_version(),
         "torch": version("torch"),
         "monai": version("monai"),

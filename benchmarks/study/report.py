@@ -15,7 +15,7 @@ from benchmarks.study.plan import Arm, Run, plan
 from benchmarks.study.runs import read_record
 from benchmarks.study.settings import METHODS, STUDY, Study, everything
 from benchmarks.study.tables import MISSING, TITLES, markdown, table
-from tools.files import atomic_path
+from tools.common.files import atomic_path
 
 REPORT = "report.md"
 

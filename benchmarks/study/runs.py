@@ -31,8 +31,8 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from benchmarks.study.machine import cores, describe
 from benchmarks.study.plan import Run
 from benchmarks.study.settings import PRETRAIN, ROOT, Study, differences
-from tools.files import atomic_path
-from tools.handlers import newest_checkpoint
+from tools.common.files import atomic_path
+from tools.weights.checkpoints import newest_checkpoint
 
 DONE, COMMAND, LOG = "done.json", "command.sh", "log.txt"
 WRITTEN = {"pretrain": "models/backbone.pt", "finetune": "models/model.pt", "test": "evaluation_cases.csv"}

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from tools.cases import label_subset
-from tools.datalist import brats, btcv, msd
-from tools.files import atomic_path
-from tools.scans import load_datalist
+from tools.commands.datalist import brats, btcv, msd
+from tools.common.files import atomic_path
+from tools.data.datalists import load_datalist
+from tools.data.splits import label_subset
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = Path(__file__).with_name("presets.yaml")

@@ -10,7 +10,7 @@ from benchmarks.study.plan import Arm, Row, left_out, length, mask_name, rows
 from benchmarks.study.runs import Record
 from benchmarks.study.settings import METHODS
 from benchmarks.study.statistics import Estimate, estimate
-from tools.start import size_text
+from tools.common.text import bytes_text
 
 MISSING = "—"
 TITLES = {
@@ -243,8 +243,8 @@ def _pace(records: Sequence[Record], epochs: int) -> list[str]:
     whole = estimate([seconds(record) for record in records])
     memory = max(record["peak_gpu_memory"] or record["peak_memory"] for record in records)
     if steps is None or whole is None:  # a single step has no time between two
-        return [*[MISSING] * 3, size_text(memory)]
-    return [f"{steps.mean:.3f}", f"{whole.mean / epochs:.1f}", f"{whole.mean / 60:.1f}", size_text(memory)]
+        return [*[MISSING] * 3, bytes_text(memory)]
+    return [f"{steps.mean:.3f}", f"{whole.mean / epochs:.1f}", f"{whole.mean / 60:.1f}", bytes_text(memory)]
 
 
 # -------------------------------------------------------------------------------------------------------- table 6

@@ -4,7 +4,7 @@ import torch
 from monai.networks.nets import BasicUNet
 
 from benchmarks.linear_probe import LEVELS, STRIDES, dice, features, fit, main, probe
-from tools.sample_data import sample_data
+from tools.samples.sample_data import sample_data
 
 
 def test_the_map_is_the_weighted_least_squares_solution():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.sample_data import sample_data
+from tools.samples.sample_data import sample_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

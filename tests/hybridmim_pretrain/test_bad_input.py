@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tools.handlers import read_metrics
-from tools.scans import ScanError
-from tools.start import root_cause
-from tools.weights import WeightsError
+from tools.common.errors import root_cause
+from tools.common.tables import read_metrics
+from tools.data.scans import ScanError
+from tools.weights.checkpoints import WeightsError
 
 from .bundle import TINY, TINY_INFERENCE, hounsfield, save_nifti
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone
 from scripts.hybridmim import HybridMIM
 from scripts.masking import Geometry
-from tools.handlers import read_metrics
+from tools.common.tables import read_metrics
 
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, config_files, hounsfield, save_nifti
 

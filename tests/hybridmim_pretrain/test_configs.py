@@ -15,7 +15,7 @@ from monai.networks.nets import BasicUNet, SwinUNETR
 from monai.transforms import ScaleIntensityRanged, ScaleIntensityRangePercentilesd
 
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone
-from tools.handlers import read_metrics
+from tools.common.tables import read_metrics
 
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE
 
@@ -107,7 +107,7 @@ SHARED_KEYS = [
     "dropout_stages",
     "unet",
     "vit",
-    "usual_backbone",
+    "method_backbone",
     "backbone",
     "geometry",
     "network_def",

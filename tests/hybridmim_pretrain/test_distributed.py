@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.handlers import read_metrics
+from tools.common.tables import read_metrics
 
 from .bundle import BUNDLE, TINY, config_files, hounsfield, save_nifti
 

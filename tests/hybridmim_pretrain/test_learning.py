@@ -12,9 +12,10 @@ from monai.data import MetaTensor
 from scipy.ndimage import gaussian_filter
 
 from scripts.trainer import PretrainTrainer
-from tools.config import save_config
-from tools.handlers import GradientClipping, read_metrics
-from tools.sample_data import sample_data
+from tools.common.config import save_config
+from tools.common.tables import read_metrics
+from tools.samples.sample_data import sample_data
+from tools.training.handlers import GradientClipping
 
 from .bundle import save_nifti
 
@@ -159,7 +160,7 @@ def test_the_state_of_an_engine_without_scaler():
 def test_the_written_config_resolves_plain_values_and_keeps_the_rest(tmp_path):
     parser = ConfigParser(
         {
-            "imports": ["$from tools.config import save_config"],
+            "imports": ["$from tools.common.config import save_config"],
             "folder": str(tmp_path),
             "path": "$@folder + '/sub'",
             "sizes": "$[2 * n for n in (1, 2)]",

@@ -19,10 +19,10 @@ from scripts.simclr import SimCLR, SimCLRStep
 from scripts.simmim import SimMIM
 from scripts.steps import ReconstructionStep
 from scripts.vit import ViTBackbone
-from tools.handlers import read_metrics
+from tools.common.errors import root_cause
+from tools.common.tables import read_metrics
 from tools.losses import ContrastiveLoss, MaskedL1Loss, Prediction
-from tools.start import root_cause
-from tools.transfer import load_pretrained
+from tools.weights.transfer import load_pretrained
 
 from .bundle import BUNDLE, TINY, config_files
 

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from tools.handlers import read_metrics
-from tools.start import root_cause
-from tools.weights import WeightsError
+from tools.common.errors import root_cause
+from tools.common.tables import read_metrics
+from tools.weights.checkpoints import WeightsError
 
 from .bundle import BUNDLE, ROOT, TINY, config_files
 

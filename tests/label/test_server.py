@@ -22,8 +22,8 @@ import yaml
 from monai.bundle import ConfigParser
 from segmentation_bundles.bundles import NAMES, ROOT, SPACING, TINY, bundle, read
 
-from tools.cases import find_cases
-from tools.sample_data import sample_data
+from tools.data.cases import find_cases
+from tools.samples.sample_data import sample_data
 
 pytest.importorskip("monailabel", reason="needs MONAI Label: ./runtests.sh --label")
 requests = pytest.importorskip("requests")  # MONAI Label needs it too

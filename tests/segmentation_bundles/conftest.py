@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, create_workflow
 
-from tools.sample_data import sample_data
+from tools.samples.sample_data import sample_data
 
 from .bundles import ROOT, bundle, config_files, places
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from tools.handlers import newest_checkpoint, read_metrics
-from tools.segmentation import label_values
+from tools.common.tables import read_metrics
+from tools.data.classes import label_values
+from tools.weights.checkpoints import newest_checkpoint
 
 from .bundles import NAMES, ROOT, TINY, TINY_TRAINING, bundle, config_files, places, read, sizes
 

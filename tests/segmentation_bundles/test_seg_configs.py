@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 
-from tools.segmentation import label_values, own_values
+from tools.data.classes import label_values, own_values
 
 from .bundles import CONFIGS, NAMES, ROOT, bundle, places, read
 

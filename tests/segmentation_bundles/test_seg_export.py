@@ -17,7 +17,7 @@ from monai.data import load_net_with_metadata
 from monai.networks import nets
 from monai.transforms import ResizeWithPadOrCrop
 
-from tools.start import root_cause
+from tools.common.errors import root_cause
 
 from .bundles import ROOT, TINY, bundle, config_files
 

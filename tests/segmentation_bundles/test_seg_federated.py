@@ -19,8 +19,8 @@ from ignite.engine import Events
 from monai.fl.utils.constants import ExtraItems, ModelType, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from tools.handlers import read_metrics
-from tools.sample_data import sample_data
+from tools.common.tables import read_metrics
+from tools.samples.sample_data import sample_data
 
 from .bundles import ROOT, bundle
 

@@ -11,11 +11,12 @@ import torch
 from ignite.engine import Events
 from monai.networks.nets import ViT
 
-from tools.finetuning import parameter_groups, require_roi
-from tools.scans import ScanError
-from tools.start import root_cause
-from tools.transfer import is_encoder
-from tools.weights import WeightsError
+from tools.common.errors import root_cause
+from tools.common.windows import require_roi
+from tools.data.scans import ScanError
+from tools.training.finetuning import parameter_groups
+from tools.weights.checkpoints import WeightsError
+from tools.weights.transfer import is_encoder
 
 from .bundles import TINY_TRAINING, sizes
 

@@ -17,9 +17,9 @@ from tools.losses import (
     PartialRegionLoss,
     Prediction,
     expand_mask,
-    inside,
     patches_by_region,
     region_targets,
+    scan_voxels,
 )
 
 # roi, region, patch: cubic, anisotropic, and more patches than regions along one axis only
@@ -191,7 +191,7 @@ def test_nothing_but_padding_gives_zero_with_a_gradient():
     terms["loss"].backward()
     assert all(terms[name] == 0 for name in ("loss_pr", "loss_num", "loss_loc", "loss_con"))
     assert torch.equal(number.grad, torch.zeros_like(number))
-    assert not inside(torch.zeros_like(image)).any()
+    assert not scan_voxels(torch.zeros_like(image)).any()
 
 
 @pytest.mark.parametrize("weights", [{"weight_pr": -1.0}, dict.fromkeys(HybridMIMLoss().weights, 0)])

@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
-from tools.export import SwinUNETR
+from tools.weights.export import SwinUNETR
 
 Box = tuple[slice, slice, slice]
 

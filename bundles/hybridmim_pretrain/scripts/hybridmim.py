@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.common.text import size_text
 from tools.losses import Prediction
 
 from .backbones import Backbone, Box, dropout_active, pooled, whole
 from .gathering import gather
-from .masking import Geometry, RandPatchMaskd, apply_mask, by
+from .masking import Geometry, RandPatchMaskd, apply_mask
 
 
 class HybridMIM(nn.Module):
@@ -87,7 +88,7 @@ class PretrainStep(nn.Module):
         ValueError: `decode_box` is neither, or not aligned, or does not fit into the crop.
     """
 
-    views = 1  # images of a crop in a batch
+    images_per_crop = 1  # images of a crop in a batch
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class PretrainStep(nn.Module):
         self.decode_box = decode_box
         self.contrastive = contrastive
         self.mask_fill = mask_fill
-        self.leaves_unused = not contrastive  # the projection
+        self.has_unused_parameters = not contrastive  # the projection
         self._check_decode_box()
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
@@ -145,7 +146,12 @@ class PretrainStep(nn.Module):
     def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
         """What it does, for the start table."""
         g = self.geometry
-        return [("masking", f"{mask.describe()}; regions of {by(g.region_size)}; decoded box {by(g.decode_size)}")]
+        return [
+            (
+                "masking",
+                f"{mask.describe()}; regions of {size_text(g.region_size)}; decoded box {size_text(g.decode_size)}",
+            )
+        ]
 
     def _check_decode_box(self) -> None:
         g = self.geometry

@@ -18,7 +18,8 @@ from monai.transforms import Compose, Randomizable, Transform
 from scipy.optimize import brentq
 from torch import Tensor
 
-from tools.losses import expand_mask, inside
+from tools.common.text import size_text
+from tools.losses import expand_mask, scan_voxels
 
 MASK_SCHEMES = ("two_level", "uniform")
 Size = tuple[int, int, int]
@@ -76,12 +77,7 @@ def apply_mask(image: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
 
 def empty_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
     """Patches that hold nothing but 0, which are masked or padding: [B, C, H, W, D] → bool [B, 1, P1, P2, P3]."""
-    return F.max_pool3d(inside(image).float(), tuple(patch_size)) == 0
-
-
-def by(size: Sequence[int]) -> str:
-    """A size in words: 16×16×16."""
-    return "×".join(map(str, size))
+    return F.max_pool3d(scan_voxels(image).float(), tuple(patch_size)) == 0
 
 
 class RandPatchMaskd(Randomizable, Transform):
@@ -130,7 +126,7 @@ class RandPatchMaskd(Randomizable, Transform):
 
     def describe(self) -> str:
         """What is masked, in words."""
-        return f"{self.mask_scheme}, {self.mask_ratio:g} of the patches of {by(self.geometry.patch_size)}"
+        return f"{self.mask_scheme}, {self.mask_ratio:g} of the patches of {size_text(self.geometry.patch_size)}"
 
     def draw(self, size: Sequence[int]) -> np.ndarray:
         """A mask for a volume of `size` voxels: bool [P1, P2, P3]."""

@@ -20,7 +20,7 @@ from ignite.metrics import Metric
 from monai.utils import evenly_divisible_all_gather
 from torch import Tensor
 
-from tools.losses import Prediction, expand_mask, inside, region_targets, view_similarity
+from tools.losses import Prediction, expand_mask, region_targets, scan_voxels, view_similarity
 
 AUROC_BINS = 2048
 
@@ -56,7 +56,7 @@ class PretrainMetrics(Metric):
             self._views.append(torch.stack(prediction.views, dim=1).float())
 
     def _reconstruction(self, prediction: Prediction, image: Tensor, mask: Tensor) -> None:
-        scan, hidden = inside(image), expand_mask(mask, image.shape[2:])
+        scan, hidden = scan_voxels(image), expand_mask(mask, image.shape[2:])
         counted, visible = scan & hidden, scan & ~hidden
         space = (2, 3, 4)
         mean = (image * visible).sum(space) / visible.sum(space).clamp(min=1)

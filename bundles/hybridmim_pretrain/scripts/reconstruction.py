@@ -9,9 +9,9 @@ from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor, nn
 
-from tools.figures import reconstruction_figure
-from tools.losses import expand_mask, inside
-from tools.scans import EXTENSIONS
+from tools.data.scans import EXTENSIONS
+from tools.losses import expand_mask, scan_voxels
+from tools.results.figures import reconstruction_figure
 
 from .simclr import SimCLR
 
@@ -40,7 +40,7 @@ class CompareReconstructiond(Transform):
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Compare."""
         scan, mask = data["scan"], data["mask"][None].to(data["scan"].device)
-        counted = (expand_mask(mask, scan.shape[1:]) & inside(scan.as_tensor()[None]))[0]
+        counted = (expand_mask(mask, scan.shape[1:]) & scan_voxels(scan.as_tensor()[None]))[0]
         pred = data["pred"].to(scan.dtype)
         pasted = pred.where(counted, scan)
         return {**data, "pred": pasted, "error": (pasted - scan).abs(), "counted": counted}

@@ -52,8 +52,8 @@ class SimCLRStep(nn.Module):
     """
 
     contrastive = True
-    views = 2  # a batch of N crops comes as 2N images: both views of the first, both of the second …
-    leaves_unused = True  # the backbone's decoder
+    images_per_crop = 2  # a batch of N crops comes as 2N images: both views of the first, both of the second …
+    has_unused_parameters = True  # the backbone's decoder
 
     def __init__(self, network_def: SimCLR, geometry: Geometry) -> None:
         super().__init__()

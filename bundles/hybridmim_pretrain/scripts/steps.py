@@ -21,8 +21,8 @@ class ReconstructionStep(nn.Module):
     """
 
     contrastive = False
-    views = 1
-    leaves_unused = True  # a norm in MONAI's ViT blocks, SwinUNETR's decoder
+    images_per_crop = 1
+    has_unused_parameters = True  # a norm in MONAI's ViT blocks, SwinUNETR's decoder
 
     def __init__(self, network_def: MAE | SimMIM, geometry: Geometry) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from tools.amp import amp_dtype, use_amp
+from tools.training.mixed_precision import amp_dtype, use_amp
 
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:

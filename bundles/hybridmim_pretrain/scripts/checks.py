@@ -1,0 +1,120 @@
+"""Checks and start table of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.transforms import Transform
+from torch import nn
+
+from tools.common.tables import print_table
+from tools.common.text import bytes_text, size_text
+from tools.data.inspection import Scan
+from tools.data.runs import require_usable
+from tools.losses import ContrastiveLoss, HybridMIMLoss, MaskedL1Loss
+from tools.training.requirements import require_cache_room, require_resumable, scan_lines, training_memory
+
+from .hybridmim import PretrainStep
+from .simclr import SimCLRStep
+from .steps import ReconstructionStep
+
+
+def start_pretraining(
+    training: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    left_out: list[Scan],
+    channels: int,
+    workers: int,
+    remember: str,
+    step: PretrainStep | ReconstructionStep | SimCLRStep,
+    loss: HybridMIMLoss | MaskedL1Loss | ContrastiveLoss,
+    backbone: nn.Module,
+    mask: Transform,
+    crops: int,
+    crops_per_volume: int,
+    world_size: int,
+    cache: str,
+    cache_dir: str,
+    spacing: Sequence[float] | None,
+    resume_from: str | None,
+) -> None:
+    """Refuse what cannot work, then print what will be done.
+
+    Args:
+        training: items of the training data.
+        validation: items of the validation data.
+        left_out: scans that were left out, for the table.
+        channels: of the network's input.
+        workers: that read scans.
+        remember: file of the scans that were checked before.
+        step: the step that is trained.
+        loss: its loss.
+        backbone: what `backbone.pt` will hold.
+        mask: the last random transform; of methods that mask, how masks are drawn.
+        crops: in a batch of one process.
+        crops_per_volume: crops from each scan.
+        world_size: number of processes.
+        cache: none, memory or disk.
+        cache_dir: of the disk cache.
+        spacing: mm, that scans are resampled to, or None.
+        resume_from: folder of training checkpoints, or None for a fresh start.
+
+    Raises:
+        ScanError: scans cannot be used.
+        WeightsError: the checkpoint to resume from is missing or of another network.
+        OSError: no room for the cache.
+        ValueError: the batch, or the number of scans, is too small, or another network than the backbone is trained.
+    """
+    _check_backbone(step.network_def, backbone)
+    crops = min(crops, len(training) // world_size * crops_per_volume)
+    _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
+    resumed = require_resumable(resume_from, step.network_def) if resume_from else None
+    scans = require_usable([*training, *validation], channels, workers, remember)
+    cached = require_cache_room(scans, cache, cache_dir, spacing)
+
+    network, g = step.network_def, step.geometry
+    size = {module: sum(p.numel() for p in module.parameters()) for module in (network, backbone)}
+    image = torch.rand(crops * step.images_per_crop, channels, *g.roi_size, device="meta")
+    patches = torch.zeros(crops, 1, *(r // p for r, p in zip(g.roi_size, g.patch_size, strict=True)), dtype=torch.bool)
+    memory = training_memory(step, image, patches)
+    print_table(
+        [
+            *scan_lines(scans[: len(training)], scans[len(training) :], left_out),
+            ("crops", f"{size_text(g.roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
+            *step.lines(mask),
+            ("loss", ", ".join(f"{weight:g} {name}" for name, weight in loss.weights.items())),
+            (
+                "network",
+                f"{type(backbone).__name__}, {size[backbone] / 1e6:.2f} M parameters, "
+                f"heads {(size[network] - size[backbone]) / 1e6:.2f} M",
+            ),
+            (
+                "memory",
+                f"about {bytes_text(memory)} per process for training in 32 bit, plus {bytes_text(cached)} of cache",
+            ),
+            ("weights", f"resumed from {resumed}" if resumed else "new, at random"),
+        ]
+    )
+
+
+def _check_backbone(network: nn.Module, backbone: nn.Module) -> None:
+    if not {*backbone.parameters()} <= {*network.parameters()}:
+        raise ValueError(
+            f"backbone: found a {type(backbone).__name__} that the {type(network).__name__} does not train; these "
+            "overlays do not go together (mae.yaml brings a network of its own)"
+        )
+
+
+def _check_batch(training: int, validation: int, crops: int, world_size: int, contrastive: bool) -> None:
+    for name, found in (("training", training), ("validation", validation)):
+        if found < world_size:
+            raise ValueError(
+                f"{found} {name} scan(s) for {world_size} process(es); expected at least one for each process"
+            )
+    if contrastive and crops * world_size < 2:
+        raise ValueError(
+            f"batch_size × crops_per_volume × processes is {crops} crop: the contrastive term has nothing to compare "
+            "it with; expected at least 2 (raise batch_size or crops_per_volume), or, for HybridMIM, --weight_cl 0"
+        )

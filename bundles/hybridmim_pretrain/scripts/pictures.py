@@ -1,0 +1,55 @@
+"""A picture after every validation of pre-training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+
+from tools.losses import expand_mask, scan_voxels
+from tools.results.figures import reconstruction_figure, views_figure
+
+from .masking import apply_mask
+
+
+class ValidationFigure:
+    """Draws the first validation crop after every validation, in three planes.
+
+    That is: input, masked, reconstruction and error; or, of a method that masks nothing, the two views.
+
+    Args:
+        figure_dir: folder of the pictures, one PNG for each validation.
+        mask_fill: value of the masked voxels.
+    """
+
+    def __init__(self, figure_dir: str | Path, mask_fill: float = 0.0) -> None:
+        self.figure_dir = Path(figure_dir)
+        self.mask_fill = mask_fill
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the validator."""
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
+
+    def __call__(self, validator: Engine) -> None:
+        """Draw the first crop of this batch (its first channel)."""
+        (output,) = validator.state.output
+        batch, epoch = validator.state.batch, validator.state.epoch
+        labels = {
+            "title": f"{Path(batch['file'][0]).name}, epoch {epoch}",
+            "spacing": tuple(batch["spacing"][0].tolist()),
+        }
+        if output["mask"] is None:
+            first, second = output["image"][:2, 0].cpu()
+            views_figure(self.figure_dir / f"views_epoch={epoch:04d}.png", first, second, **labels)
+            return
+        image, mask = output["image"][:1], output["mask"][:1]
+        reconstruction_figure(
+            self.figure_dir / f"reconstruction_epoch={epoch:04d}.png",
+            image[0, 0].cpu(),
+            apply_mask(image, mask, self.mask_fill)[0, 0].cpu(),
+            output["pred"].reconstruction[0, 0].float().cpu(),
+            counted=(expand_mask(mask, image.shape[2:]) & scan_voxels(image))[0, 0].cpu(),
+            **labels,
+        )

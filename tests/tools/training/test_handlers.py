@@ -1,0 +1,196 @@
+"""Handlers of training, on small engines."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
+from monai.engines import Evaluator, Trainer
+from monai.engines.utils import IterationEvents
+from monai.transforms import RandScaleIntensityd
+
+from tools.common.files import atomic_path
+from tools.common.tables import read_metrics, report_metrics
+from tools.training.handlers import (
+    BestWeights,
+    GradientClipping,
+    MetricsCSV,
+    ProgressBar,
+    SeedEpochs,
+    StopOnBadLoss,
+    ValidateEpochs,
+)
+from tools.weights.checkpoints import newest_checkpoint
+
+
+class FakeTrainer(Trainer):
+    """Its loss is the number of the iteration."""
+
+    def _iteration(self, engine, batch):
+        return [{"loss": torch.tensor(float(engine.state.iteration)), "loss_pr": torch.tensor(0.5), "pred": 1}]
+
+
+class FakeValidator(Evaluator):
+    """Its metric is the epoch."""
+
+    def _iteration(self, engine, batch):
+        engine.state.metrics["loss"] = float(engine.state.epoch)
+
+
+def engines(epochs=3):
+    trainer = FakeTrainer("cpu", epochs, [0, 1], decollate=False)
+    return trainer, FakeValidator("cpu", [0], decollate=False)
+
+
+def test_metrics_csv_has_one_row_per_epoch(tmp_path):
+    trainer, validator = engines()
+    ValidateEpochs(validator, 2).attach(trainer)
+    MetricsCSV(tmp_path / "metrics.csv", validator).attach(trainer)
+    trainer.run()
+    assert read_metrics(tmp_path / "metrics.csv") == [
+        {"epoch": "1", "loss": "1.5", "loss_pr": "0.5", "val_loss": ""},
+        {"epoch": "2", "loss": "3.5", "loss_pr": "0.5", "val_loss": "2"},
+        {"epoch": "3", "loss": "5.5", "loss_pr": "0.5", "val_loss": "3"},
+    ]
+
+
+def test_a_resumed_run_replaces_the_rows_that_it_trains_again(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n1,1.5\n2,9\n3,9\n4,9\n")
+    trainer, validator = engines(epochs=3)
+    MetricsCSV(path, validator).attach(trainer)
+    trainer.load_state_dict({"epoch_length": 2, "max_epochs": 3, "iteration": 2})
+    trainer.run()
+    assert [(row["epoch"], row["loss"]) for row in read_metrics(path)] == [("1", "1.5"), ("2", "3.5"), ("3", "5.5")]
+
+
+def test_the_progress_bar_comes_back_in_another_round(capsys):
+    """As in federated learning, which runs one trainer several times."""
+    trainer, validator = engines(epochs=1)
+    ProgressBar(validator, ["loss"]).attach(trainer)
+    for _ in range(2):
+        trainer.run()
+        assert "epoch 1/1: 100%" in capsys.readouterr().err
+        trainer.state.epoch = trainer.state.iteration = 0
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (10, [5])])
+def test_the_last_epoch_is_always_validated(interval, expected):
+    trainer, validator = engines(epochs=5)
+    ValidateEpochs(validator, interval).attach(trainer)
+    seen = []
+    validator.add_event_handler(Events.COMPLETED, lambda: seen.append(validator.state.epoch))
+    trainer.run()
+    assert seen == expected
+
+
+def draws(seed, first_epoch=0, workers=0):
+    """What random numbers each epoch sees: of torch, of Python, and of the data set's transforms."""
+    items = [{"image": torch.ones(1, 1)} for _ in range(2)]
+    loader = DataLoader(Dataset(items, RandScaleIntensityd("image", 0.5, prob=1)), num_workers=workers)
+    trainer = Trainer("cpu", 3, loader, decollate=False)
+    seen = {}
+
+    def note(engine, batch):
+        seen.setdefault(engine.state.epoch, []).append(
+            (float(torch.rand(1)), random.random(), float(batch["image"].sum()))
+        )
+
+    trainer._process_function = note
+    SeedEpochs(seed, loader).attach(trainer)
+    if first_epoch:
+        trainer.load_state_dict({"epoch_length": 2, "max_epochs": 3, "iteration": 2 * first_epoch})
+    torch.manual_seed(np.random.randint(1000))  # what went before does not matter
+    trainer.run()
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_draws_the_same_after_a_resume(workers):
+    whole = draws(7, workers=workers)
+    resumed = draws(7, first_epoch=1, workers=workers)
+    assert set(resumed) == {2, 3}
+    assert all(resumed[epoch] == whole[epoch] for epoch in resumed)
+    assert whole[1] != whole[2] != whole[3]
+    assert draws(8, workers=workers)[1] != whole[1]
+
+
+def test_the_seed_belongs_to_the_checkpoint():
+    handler = SeedEpochs(7, None)
+    other = SeedEpochs(8, None)
+    other.load_state_dict(handler.state_dict())
+    assert other.seed == 7
+
+
+def test_gradients_are_clipped_to_their_joint_norm():
+    network = torch.nn.Linear(3, 2)
+    for p in network.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    GradientClipping(network, 1.5)()
+    assert torch.cat([p.grad.flatten() for p in network.parameters()]).norm() == pytest.approx(1.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    for epoch in (2, 10):
+        torch.save({"epoch": epoch}, tmp_path / f"checkpoint_epoch={epoch}.pt")
+    trainer = FakeTrainer("cpu", 1, [0], decollate=False)
+
+    def step(engine, _batch):
+        engine.state.batch = {"file": ["/scans/a.nii.gz"]}
+        engine.state.output = [{"loss": torch.tensor(value), "loss_pr": torch.tensor(0.25)}]
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+
+    trainer._process_function = step
+    StopOnBadLoss(tmp_path).attach(trainer)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.run()
+    for part in (f"loss {value}", "step 1 (epoch 1)", "loss_pr 0.25", "/scans/a.nii.gz", "checkpoint_epoch=10.pt"):
+        assert part in str(error.value)
+
+
+def test_newest_checkpoint_counts_epochs(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for epoch in (9, 10, 2, 11):
+        torch.save({"epoch": epoch}, tmp_path / f"checkpoint_epoch={epoch}.pt")
+    half = tmp_path / "checkpoint_epoch=11.pt"  # as a killed run leaves it
+    half.write_bytes(half.read_bytes()[:-100])
+    assert newest_checkpoint(tmp_path).name == "checkpoint_epoch=10.pt"
+
+
+def test_report_writes_what_it_prints(tmp_path, capsys):
+    report_metrics({"loss": 0.25, "psnr": 20.0}, tmp_path / "out/evaluation.csv")
+    assert read_metrics(tmp_path / "out/evaluation.csv") == [{"loss": "0.25", "psnr": "20.0"}]
+    assert "psnr  20.0000" in capsys.readouterr().out
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half of the new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "values", "kept"),
+    [(False, [0.5, 0.7, 0.6, float("nan")], [0, 1, 1, 1]), (True, [3.0, 2.0, float("nan"), 2.5], [0, 1, 1, 1])],
+)
+def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
+    network, validator = torch.nn.Linear(1, 1), Engine(lambda *_: None)
+    handler = BestWeights({"model.pt": network}, tmp_path, "score", lower_is_better)
+    handler.attach(validator)
+    for epoch, value in enumerate(values):
+        torch.nn.init.constant_(network.weight, epoch)
+        validator.state.metrics["score"] = value
+        validator.fire_event(Events.COMPLETED)
+        assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"] == kept[epoch]
+    again = BestWeights({}, tmp_path, "score", lower_is_better)
+    again.load_state_dict(handler.state_dict())
+    assert again.best == handler.best

@@ -1,0 +1,197 @@
+"""Reads every scan of a folder or data list and says which cannot be trained on, and why, all at once.
+
+With a bundle, its labels too, as the bundle will train on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from tools.common.files import atomic_path
+from tools.common.text import axis_ranges
+from tools.data.cases import pair_cases
+from tools.data.classes import absent_classes, label_values
+from tools.data.datalists import datalist_items, load_datalist
+from tools.data.inspection import Scan, inspect_scans
+from tools.data.runs import channel_lines
+from tools.data.scans import ScanError, files_of, find_scans
+from tools.data.splits import split_by_layout
+
+COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
+SETTINGS = ("in_channels", "classes", "layout", "modalities", "fold", "folds", "split_seed")  # of a bundle
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is to read.
+
+    Attributes:
+        content: the data list, or one made of the folder.
+        items: scans of each section, in the order of `content`.
+        root: folder that the paths of `content` start from.
+        training: scans that a bundle will train on.
+        problems: what was seen by names alone, each in one sentence.
+    """
+
+    content: dict[str, Any]
+    items: dict[str, list[dict]]
+    root: Path
+    training: list[dict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(
+    dataset_dir: str | None = None,
+    datalist: str | None = None,
+    channels: int = 1,
+    output: str | None = None,
+    workers: int = 4,
+    bundle: str | None = None,
+) -> None:
+    """Read every scan; print which cannot be trained on, the reason for each, and a summary.
+
+    Args:
+        dataset_dir: folder of scans; with a data list, the folder that its relative paths start from.
+        datalist: Decathlon-style JSON file, whose `training`, `validation` and `test` are read.
+        channels: number of channels that the network takes.
+        output: JSON file to write: a data list without the scans that cannot be trained on.
+        workers: processes that read; 0 reads in this one.
+        bundle: folder of a bundle for segmentation, whose `configs/train.yaml` says what is expected (and
+            `channels` is not looked at): every case needs a label, which is read, too.
+
+    Raises:
+        ScanError: neither folder nor data list given, no scan in it, or none left for `output`.
+        SystemExit: status 1, if some scans cannot be trained on and there is no `output`.
+    """
+    if datalist is None and dataset_dir is None:
+        raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
+    settings = None if bundle is None else _settings(Path(bundle))
+    found = _find(dataset_dir, datalist, settings)
+    items = [item for part in found.items.values() for item in part]
+    if settings is None:
+        scans = inspect_scans(items, channels, workers)
+    else:
+        values = label_values(settings["classes"])
+        scans = inspect_scans(items, settings["in_channels"], workers, label_values=values)
+        scans = _require_labels(found.items, scans)
+    bad = [scan for scan in scans if scan.problem is not None]
+    problems = found.problems + [f"{scan.name}: {scan.problem}" for scan in bad]
+    lines = [] if settings is None else _bundle_lines(found, scans, settings)
+    print("\n".join([*problems, summary(scans), *lines]))
+    if output is not None:
+        _write(output, _good_entries(found.content, found.items, scans), found.root)
+    elif problems:
+        raise SystemExit(1)
+
+
+def _settings(bundle: Path) -> dict[str, Any]:
+    """Read what a segmentation bundle expects of its data.
+
+    Raises:
+        ScanError: no such bundle, or one of another kind.
+    """
+    config = bundle / "configs/train.yaml"
+    if not config.is_file():
+        raise ScanError(f"--bundle: {config} does not exist, expected the folder of a bundle for segmentation")
+    parser = ConfigParser(ConfigParser.load_config_file(config))
+    missing = [key for key in SETTINGS if key not in parser]
+    if missing:
+        raise ScanError(f"--bundle: {config} has no {', '.join(missing)}, expected a bundle for segmentation")
+    return {key: parser.get_parsed_content(key) for key in SETTINGS}
+
+
+def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any] | None) -> _Found:
+    """Find the scans, with labels if there are settings of a bundle."""
+    if datalist is not None:
+        root = Path(datalist).parent if dataset_dir is None else Path(dataset_dir)
+        content, problems = load_datalist(datalist), []
+        items = {section: datalist_items(datalist, dataset_dir, section, settings is not None) for section in COUNTS}
+    else:
+        root = Path(dataset_dir)
+        if settings is None:
+            cases, problems = find_scans(root), []
+        else:
+            pairing = pair_cases(root, settings["layout"], settings["modalities"])
+            cases, problems = pairing.cases, list(pairing.problems)
+        content = {"name": root.absolute().name, "training": [_entry(case, root) for case in cases]}
+        items = {"training": cases}
+    if settings is None:
+        return _Found(content, items, root)
+    training = items["training"]
+    if not items.get("validation"):
+        try:
+            split = [settings[key] for key in ("layout", "fold", "folds", "split_seed")]
+            training, _, _ = split_by_layout(training, *split)
+        except ScanError as error:
+            problems.append(str(error))
+    return _Found(content, items, root, training, problems)
+
+
+def _require_labels(items: dict[str, list[dict]], scans: list[Scan]) -> list[Scan]:
+    """Find fault with the scans without a label, except those of the test; scans are in the order of the items."""
+    needed = [section != "test" and "label" not in item for section, part in items.items() for item in part]
+    fault = "has no label in the data list, expected one to train with"
+    return [
+        replace(scan, problem=fault) if none and scan.problem is None else scan
+        for none, scan in zip(needed, scans, strict=True)
+    ]
+
+
+def _entry(case: dict, root: Path) -> dict:
+    """Entry of a data list for a case."""
+    paths = [Path(os.path.relpath(path, root)).as_posix() for path in files_of(case)]
+    label = {"label": paths.pop()} if "label" in case else {}
+    return {"image": paths if isinstance(case["image"], list) else paths[0], **label}
+
+
+def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) -> list[str]:
+    """Say which file is taken for which channel, and which classes no training case holds."""
+    first = found.items["training"][:1]
+    lines = [line for case in first for line in channel_lines(case, settings["modalities"])]
+    trained = [scan for item, scan in zip(found.items["training"], scans, strict=False) if item in found.training]
+    absent = absent_classes(trained, settings["classes"])
+    if absent:
+        lines.append(("WARNING", f"no training case holds {', '.join(absent)}: this cannot be learnt"))
+    return [f"{name:11}{text}" for name, text in lines]
+
+
+def summary(scans: Sequence[Scan]) -> str:
+    """Say in a few lines how many scans are readable, and the ranges of shape, spacing and intensity."""
+    good = [scan for scan in scans if scan.problem is None]
+    lines = [f"scans      {len(good)} readable, {len(scans) - len(good)} unreadable"]
+    if good:
+        low, high = min(scan.low for scan in good), max(scan.high for scan in good)
+        lines += [
+            f"shape      {axis_ranges([scan.shape for scan in good])} voxels",
+            f"spacing    {axis_ranges([scan.spacing for scan in good])} mm",
+            f"intensity  {low:g} to {high:g}",
+        ]
+    return "\n".join(lines)
+
+
+def _good_entries(content: dict, items: dict[str, list[dict]], scans: list[Scan]) -> dict:
+    """Copy a data list without the entries whose scan has a problem; scans are in the order of the items."""
+    good = dict(content)
+    remaining = iter(scans)
+    for section, part in items.items():
+        if section in content:
+            entries = zip(content[section], [next(remaining) for _ in part], strict=True)
+            good[section] = [entry for entry, scan in entries if scan.problem is None]
+            good[COUNTS[section]] = len(good[section])
+    return good
+
+
+def _write(output: str, content: dict, root: Path) -> None:
+    if not content["training"]:
+        raise ScanError(f"check: found no readable scan to train on, expected at least one to write {output}")
+    with atomic_path(output) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"Train with: --datalist {shlex.quote(str(output))} --dataset_dir {shlex.quote(str(root.absolute()))}")

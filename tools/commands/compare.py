@@ -1,0 +1,125 @@
+"""What pre-training brought: evaluations of several runs on the same cases side by side, and one case in a picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+import yaml
+from monai.data import MetaTensor, affine_to_spacing
+from monai.transforms import LoadImage, Orientation
+
+from tools.common.files import atomic_path
+from tools.data.scans import ScanError, stem_of
+from tools.losses import class_masks
+from tools.results.figures import segmentation_figure
+
+CSV, PNG = "comparison.csv", "comparison.png"
+
+
+def compare(output_dir: str, image: str, label: str, **runs: str) -> None:
+    """Print and write the Dice of several runs, class by class, and draw one case as each of them segments it.
+
+    Args:
+        output_dir: folder for `comparison.csv` and `comparison.png`.
+        image: a scan that no run was trained on, and that each has segmented (`run inferring`).
+        label: its label file.
+        runs: `--NAME FOLDER` for each: its `output_dir`, in which `run training`, `run evaluating` (on the same cases)
+            and `run inferring` have written. Differences are to the first.
+
+    Raises:
+        ScanError: fewer than two runs, a file that one of these commands should have written is missing, or the runs
+            were evaluated on other classes or another number of cases.
+    """
+    if len(runs) < 2:
+        raise ScanError(f"compare: found {len(runs)} runs, expected two or more, each as --NAME FOLDER")
+    evaluations = {name: _evaluation(Path(folder)) for name, folder in runs.items()}
+    tables = {name: [(row["class"], row["cases"]) for row in rows] for name, rows in evaluations.items()}
+    first, *others = runs
+    for other in others:
+        if tables[other] != tables[first]:
+            raise ScanError(
+                f"compare: {other} was evaluated on other classes or cases than {first}: found (class, cases) "
+                f"{tables[other]}, expected {tables[first]}"
+            )
+    rows = _rows(evaluations, first, others)
+    with atomic_path(Path(output_dir) / CSV) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"Dice over {rows[-1]['cases']} case(s):\n{_table(rows)}")
+    _draw(Path(output_dir) / PNG, image, label, {name: Path(folder) for name, folder in runs.items()})
+    print(f"written to {output_dir}: {CSV}, {PNG}")
+
+
+def _need(path: Path, command: str) -> Path:
+    if not path.is_file():
+        raise ScanError(f"compare: {path} does not exist, expected it from `run {command}`")
+    return path
+
+
+def _evaluation(folder: Path) -> list[dict[str, str]]:
+    with _need(folder / "evaluation.csv", "evaluating").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rows(evaluations: dict[str, list[dict[str, str]]], first: str, others: list[str]) -> list[dict[str, str]]:
+    rows = []
+    for k, row in enumerate(evaluations[first]):
+        dice = {name: evaluations[name][k]["dice_mean"] for name in (first, *others)}
+        known = all(dice.values())
+        rows.append(
+            {
+                "class": row["class"],
+                **dice,
+                **{f"{o} - {first}": f"{float(dice[o]) - float(dice[first]):+.4f}" if known else "" for o in others},
+                "cases": row["cases"],
+            }
+        )
+    return rows
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), *([_short(cell) for cell in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def _short(cell: str) -> str:
+    if "." not in cell:
+        return cell or "-"
+    return f"{float(cell):+.3f}" if cell[0] in "+-" else f"{float(cell):.3f}"
+
+
+def _draw(path: Path, image: str, label: str, runs: dict[str, Path]) -> None:
+    """Image, label and each run's segmentation, turned to RAS axes."""
+    classes = yaml.safe_load(_need(next(iter(runs.values())) / "config.yaml", "training").read_text())["classes"]
+    load = LoadImage(image_only=True, ensure_channel_first=True)
+    files = {"label": Path(label), **{name: _segmentation(folder, image) for name, folder in runs.items()}}
+    scan = load(image)
+    maps = {name: load(file) for name, file in files.items()}
+    for name, found in maps.items():
+        if found.shape[1:] != scan.shape[1:]:
+            raise ScanError(
+                f"{files[name]}: found the shape {tuple(found.shape[1:])}, expected {tuple(scan.shape[1:])} as {image}"
+            )
+    together = MetaTensor(torch.cat([v.as_tensor() for v in (scan[:1], *maps.values())]), affine=scan.affine)
+    turned = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(together)
+    volumes = turned.as_tensor()
+    segmentation_figure(
+        path,
+        volumes[0],
+        {name: class_masks(volumes[k : k + 1].round(), classes) for k, name in enumerate(maps, start=1)},
+        names=list(classes),
+        title=f"{stem_of(image)}, in no run's training data",
+        spacing=tuple(affine_to_spacing(turned.affine).tolist()),
+    )
+
+
+def _segmentation(folder: Path, image: str) -> Path:
+    name = f"{stem_of(image)}_seg.nii.gz"
+    found = sorted(folder.rglob(name))
+    if len(found) != 1:
+        raise ScanError(f"compare: found {len(found)} files {name} in {folder}, expected one from `run inferring`")
+    return found[0]

@@ -1,0 +1,4 @@
+"""Small helpers that know nothing of scans or networks: text, errors, files, tables, the config that is being run.
+
+Nothing here imports another room.
+"""

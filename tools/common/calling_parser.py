@@ -1,0 +1,41 @@
+"""The config parser that is evaluating the expression in which a function is called.
+
+MONAI's expressions have no name for their parser, but two functions need it: to write the config as it runs, and to
+evaluate imports again. So it is looked for among the callers, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from monai.bundle import ConfigExpression, ConfigParser
+
+
+def calling_parser() -> ConfigParser:
+    """The parser.
+
+    Raises:
+        RuntimeError: not called from an expression or a component of a config.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, ConfigParser):
+            return found
+        frame = frame.f_back
+    raise RuntimeError("expected a call from a bundle's config, found no config parser among the callers")
+
+
+def import_again() -> None:
+    """Evaluate a config's import statements once more, after its `path` was set: the first step of `initialize`.
+
+    A parser evaluates all imports before anything else. Those of `tools` fail then, silently, if a released bundle,
+    which holds `tools`, is run from another folder and `tools` is not installed. Called from a config.
+
+    Raises:
+        RuntimeError: not called from a config.
+    """
+    resolver = calling_parser().ref_resolver
+    for name, item in resolver.items.items():
+        if isinstance(item, ConfigExpression) and item.is_import_statement(item.get_config()):
+            resolver.resolved_content[name] = item.evaluate()

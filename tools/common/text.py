@@ -1,0 +1,37 @@
+"""Values as text, and text as values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def parse_bool(value: bool | str) -> bool:
+    """The command line gives `--resume true` as text, and any text would count as true.
+
+    Raises:
+        ValueError: neither true nor false.
+    """
+    words = {"true": True, "false": False}
+    if str(value).lower() not in words:
+        raise ValueError(f"found {value!r}, expected true or false")
+    return words[str(value).lower()]
+
+
+def size_text(sizes: Iterable[int]) -> str:
+    """Sizes along the axes, as in `96×96×96`."""
+    return "×".join(map(str, sizes))
+
+
+def axis_ranges(rows: Sequence[Sequence[float]]) -> str:
+    """Write the range of each of three axes, as in `31-43 x 40-59 x 24-47`."""
+    ends = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in zip(*rows, strict=True)]
+    return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

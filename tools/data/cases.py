@@ -1,0 +1,269 @@
+"""Cases for segmentation, that is scans with their labels: finds and pairs them, and splits them.
+
+Files are found by name alone; looking into them is in `tools.data.inspection`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.data.datalists import datalist_items, read_datalist
+from tools.data.scans import (
+    EXTENSIONS,
+    ScanError,
+    contents_text,
+    find_scans,
+    paths_of,
+    require_folder,
+    scan_paths,
+    stem_of,
+    walk,
+)
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]  # {"image": path or paths, one for each channel; "label": path}
+
+SECTIONS = ("training", "validation", "test")
+NIFTI = (".nii", ".nii.gz")
+SEGMENTATION = re.compile(r"[_-]segm?$", re.IGNORECASE)  # Segm: one case of BraTS 2020
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What a folder holds: cases, and what keeps other files from being one."""
+
+    cases: list[Case] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # one sentence each
+
+
+# ---------------------------------------------------------------------------------------------- finding cases
+
+
+def find_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] | None = None) -> list[Case]:
+    """Find the cases of a data set in the layout in which it is published.
+
+    Layouts:
+        btcv: images `img0001.nii.gz` and labels `label0001.nii.gz` at any depth, paired by number. Images in a
+            folder none of whose images has a label are test scans, which are left out.
+        brats: `X_MODALITY.nii.gz` for each modality and `X_seg.nii.gz` in one folder, at any depth. Cases that lie
+            beside one another, of which none has a label, are a test set, which is left out.
+        msd: the `training` entries of `dataset.json`; without it, files of the same name in `imagesTr` and
+            `labelsTr`.
+
+    Args:
+        dataset_dir: folder of the data set. Paths of the cases start with it as it was given.
+        layout: one of the above.
+        modalities: names of the channels in their order; for brats.
+
+    Returns:
+        The cases, sorted by the path of their image.
+
+    Raises:
+        ScanError: no such folder or layout, no case, or files without their counterpart; names all of them.
+    """
+    found = pair_cases(dataset_dir, layout, modalities)
+    if found.problems:
+        listed = "\n".join(f"  {problem}" for problem in found.problems)
+        raise ScanError(f"dataset_dir: {dataset_dir}: {len(found.problems)} problem(s) with its cases:\n{listed}")
+    return found.cases
+
+
+def pair_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] | None = None) -> Pairing:
+    """Do as `find_cases`, but return what is wrong with files; raise if there is no case and nothing is wrong."""
+    if layout not in LAYOUTS:
+        raise ScanError(f"layout: found {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    root = require_folder(dataset_dir)
+    pair, expected = LAYOUTS[layout]
+    found = pair(root, modalities)
+    if not found.cases and not found.problems:
+        raise ScanError(f"dataset_dir: found no labelled case but {contents_text(root)} in {root}, expected {expected}")
+    return Pairing(sorted(found.cases, key=paths_of), found.problems)
+
+
+def _pair_btcv(root: Path, modalities: Sequence[str] | None) -> Pairing:
+    files: dict[str, dict[int, list[Path]]] = {"img": defaultdict(list), "label": defaultdict(list)}
+    for folder, names in walk(root):
+        for name in sorted(names):
+            if match := re.fullmatch(r"(img|label)(\d+)\.nii(\.gz)?", name):
+                files[match[1]][int(match[2])].append(folder / name)
+    images, labels = files["img"], files["label"]
+    labelled = {path.parent for number in images.keys() & labels.keys() for path in images[number]}
+    left_out = [path for number in images.keys() - labels.keys() for path in images[number]]
+    _say_left_out([path for path in left_out if path.parent not in labelled])
+    found = Pairing()
+    for path in sorted(path for path in left_out if path.parent in labelled):
+        found.problems.append(f"{path} has no label, expected {path.name.replace('img', 'label')}")
+    for number in sorted(labels.keys() - images.keys()):
+        for path in labels[number]:
+            found.problems.append(f"{path} has no image, expected {path.name.replace('label', 'img')}")
+    for number in sorted(images.keys() & labels.keys()):
+        both = images[number], labels[number]
+        found.problems.extend(_ambiguous(paths) for paths in both if len(paths) > 1)
+        found.cases.append({"image": str(both[0][0]), "label": str(both[1][0])})
+    return found
+
+
+def _ambiguous(paths: Iterable[Path]) -> str:
+    return f"{' and '.join(map(str, paths))} are the same part of one case, expected one file"
+
+
+def _say_left_out(scans: Iterable[Path]) -> None:
+    """Name folders of scans without labels, which are published beside the others for a challenge's test."""
+    folders = defaultdict(list)
+    for path in scans:
+        folders[path.parent].append(path)
+    for folder, paths in sorted(folders.items()):
+        logger.warning("%s: %d scans without labels are left out, as a test set", folder, len(paths))
+
+
+def _pair_brats(root: Path, modalities: Sequence[str] | None) -> Pairing:
+    if not modalities:
+        raise ScanError(f"modalities: found {modalities!r}, expected names of the channels, as [t1, t1ce, t2, flair]")
+    nifti = [folder / name for folder, names in walk(root) for name in sorted(names) if name.endswith(NIFTI)]
+    groups, rest = _by_modality(nifti, [*modalities, "seg"])
+    siblings = defaultdict(list)  # cases that lie beside one another, each in its folder
+    for case in groups:
+        siblings[case.parent.parent].append(case)
+    unlabelled = [group for group in siblings.values() if not any("seg" in groups[case] for case in group)]
+    test = {case for group in unlabelled if len(group) > 1 for case in group}
+    _say_left_out(case.parent for case in test)
+    found = Pairing()
+    for case, parts in sorted(groups.items()):
+        if case in test:
+            continue
+        missing = [part for part in (*modalities, "seg") if part not in parts]
+        if missing:
+            others = [*(path for paths in parts.values() for path in paths), *rest]
+            names = ", ".join(path.name for path in others if path.parent == case.parent)
+            expected = " and ".join(f"{case.name}_{part}.nii.gz" for part in missing)
+            found.problems.append(f"{case} has no {_kinds(missing)}: expected {expected}, found {names}")
+        found.problems.extend(_ambiguous(paths) for paths in parts.values() if len(paths) > 1)
+        if not missing:
+            images = [str(parts[modality][0]) for modality in modalities]
+            found.cases.append({"image": images, "label": str(parts["seg"][0])})
+    return found
+
+
+def _kinds(parts: Sequence[str]) -> str:
+    return " and no ".join("label" if part == "seg" else part for part in parts)
+
+
+def _by_modality(
+    paths: Iterable[Path], modalities: Sequence[str]
+) -> tuple[dict[Path, dict[str, list[Path]]], list[Path]]:
+    """Group files by what comes before their modality, as in `X_t1`.
+
+    Returns:
+        Path of the group (`folder/X`) → modality → files; and the files that end in no modality.
+    """
+    groups: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    rest = []
+    endings = "|".join(map(re.escape, sorted(modalities, key=len, reverse=True)))
+    for path in paths:
+        if match := re.fullmatch(rf"(.+?)[_-]({endings})", stem_of(path)):
+            groups[path.parent / match[1]][match[2]].append(path)
+        else:
+            rest.append(path)
+    return groups, rest
+
+
+def _pair_msd(root: Path, modalities: Sequence[str] | None) -> Pairing:
+    images, labels = (_files_of_folder(root / name) for name in ("imagesTr", "labelsTr"))
+    if not (root / "dataset.json").is_file():
+        return _pair_by_name(images, labels)
+    found = Pairing()
+    listed = datalist_items(root / "dataset.json", root, "training", labels=True)
+    for case in listed:
+        missing = [path for path in (*paths_of(case), case.get("label")) if path and not Path(path).exists()]
+        found.problems.extend(f"{path} does not exist, but dataset.json lists it" for path in missing)
+        if "label" not in case:
+            found.problems.append(f"{', '.join(paths_of(case))} has no label in dataset.json, expected 'label'")
+        elif not missing:
+            found.cases.append(case)
+    known = {Path(path) for case in listed for path in (*paths_of(case), case.get("label")) if path}
+    for path in [*images, *labels]:
+        if path not in known:
+            found.problems.append(f"{path} has no entry in dataset.json, expected one (or give a datalist)")
+    return found
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.name.lower().endswith(EXTENSIONS) and not path.name.startswith(".")]
+
+
+def _pair_by_name(images: list[Path], labels: list[Path]) -> Pairing:
+    found = Pairing()
+    by_name = {stem_of(path): path for path in labels}
+    names = {stem_of(path) for path in images}
+    for path in images:
+        label = by_name.get(stem_of(path))
+        if label is None:
+            found.problems.append(f"{path} has no label, expected {path.name} in labelsTr")
+        else:
+            found.cases.append({"image": str(path), "label": str(label)})
+    for path in labels:
+        if stem_of(path) not in names:
+            found.problems.append(f"{path} has no image, expected {path.name} in imagesTr")
+    return found
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path, Sequence[str] | None], Pairing], str]] = {
+    "btcv": (_pair_btcv, "img0001.nii.gz with label0001.nii.gz, and so on, at any depth"),
+    "brats": (_pair_brats, "folders X with X_MODALITY.nii.gz for each modality, and X_seg.nii.gz"),
+    "msd": (_pair_msd, "dataset.json, or files of the same names in imagesTr and labelsTr"),
+}
+
+
+# -------------------------------------------------------------------------------------------- splitting cases
+
+
+# --------------------------------------------------------------------------------------------- for the bundles
+
+
+def find_inference_scans(
+    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Find scans to segment; labels are not needed.
+
+    Args:
+        dataset_dir: folder of scans, or that the paths of the data list are relative to.
+        datalist: JSON whose `test` is taken, or None.
+        modalities: names of the channels in their order, if each is a file of its own: files whose names end in
+            them (`X_t1.nii.gz`) become one scan, those that end in `_seg` are left out, and others stay scans of
+            their own (4D files).
+
+    Returns:
+        One `{"image": path or paths}` for each scan, sorted by path.
+
+    Raises:
+        ScanError: nothing found, a data list that cannot be read, or scans without all their channels.
+    """
+    if datalist:
+        scans = read_datalist(datalist, dataset_dir, "test")
+        if not scans:
+            raise ScanError(f"{datalist}: found no scan in the section 'test', expected at least one")
+        return scans
+    if not modalities:
+        return find_scans(dataset_dir)
+    paths = [Path(path) for path in scan_paths(dataset_dir) if not SEGMENTATION.search(stem_of(path))]
+    groups, rest = _by_modality(paths, modalities)
+    problems = []
+    for case, parts in groups.items():
+        missing = [modality for modality in modalities if modality not in parts]
+        if missing:
+            found = ", ".join(path.name for files in parts.values() for path in files)
+            problems.append(f"{case} has no {_kinds(missing)}: found {found}, expected all of {', '.join(modalities)}")
+        problems.extend(_ambiguous(files) for files in parts.values() if len(files) > 1)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ScanError(f"dataset_dir: {dataset_dir}: {len(problems)} problem(s) with its scans:\n{listed}")
+    scans = [{"image": [str(parts[modality][0]) for modality in modalities]} for parts in groups.values()]
+    return sorted([*scans, *({"image": str(path)} for path in rest)], key=paths_of)

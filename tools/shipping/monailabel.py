@@ -1,0 +1,102 @@
+"""MONAI Label: puts bundles into its `monaibundle` app and starts the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from monai.bundle import ConfigParser
+
+from tools.weights.checkpoints import check_weights
+
+APP = "monaibundle"
+# what runs of the bundle wrote; model.pt is part of it
+LEFT_OUT = shutil.ignore_patterns("eval", "cache", "checkpoint_epoch=*.pt", "__pycache__", ".*")
+
+
+def require_monailabel() -> None:
+    """MONAI Label is installed.
+
+    Raises:
+        ValueError: it is not, in the environment of this Python.
+    """
+    if find_spec("monailabel") is None:
+        raise ValueError(f"{sys.executable} has no package monailabel; docs/monailabel.md says how to install it")
+
+
+def require_bundle(bundle: str | Path) -> Path:
+    """Folder of a bundle that MONAI Label can serve: `model.pt` fits the network of `inference.yaml` as it stands.
+
+    MONAI Label reads no overlay, and passes over tensors of a checkpoint that are missing or unknown.
+
+    Raises:
+        ValueError: the folder lacks a file.
+        WeightsError: the weights are of another network, for instance one that an overlay made.
+    """
+    folder = Path(bundle).resolve()
+    needed = ("configs/metadata.json", "configs/inference.yaml", "configs/train.yaml", "models/model.pt")
+    missing = [file for file in needed if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: found no {', '.join(missing)}; expected a bundle with its weights")
+    parser = ConfigParser()
+    parser.read_config(folder / "configs/inference.yaml")
+    check_weights(folder / "models/model.pt", parser.get_parsed_content("network_def"))
+    return folder
+
+
+def add_bundle(bundle: str | Path, app: Path) -> str:
+    """Copy a bundle into an app, and return its name; one that is there already stays, with what it learnt since.
+
+    Raises:
+        ValueError: as `require_bundle`, of the app's copy where there is one.
+    """
+    name = Path(bundle).resolve().name
+    target = app / "model" / name
+    if target.exists():
+        require_bundle(target)
+        return name
+    source = require_bundle(bundle)
+    part = target.with_name(f".{os.getpid()}.{name}")
+    try:
+        shutil.copytree(source, part, ignore=LEFT_OUT)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return name
+
+
+def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: str = "127.0.0.1") -> None:
+    """Serve scans with MONAI Label: viewers can have them segmented, correct the result, and train on it.
+
+    Runs until it is interrupted. A bundle that is in the app already stays as it is there, with what it has learnt
+    since; remove its folder from the app to start from the given one again.
+
+    Args:
+        apps_dir: folder of MONAI Label apps; `monaibundle` is made in it, and its `model` folder holds the bundles.
+        studies: folder of the scans, where corrected labels are kept too (or the address of a DICOMweb server).
+        bundles: folders of bundles with `models/model.pt`.
+        port: of the server.
+        host: address that the server listens on; 0.0.0.0 lets other machines in, without a password.
+
+    Raises:
+        ValueError: MONAI Label is not installed, there is no such folder of scans, or a bundle cannot be served.
+    """
+    require_monailabel()
+    if not bundles:
+        raise ValueError("bundles: found none, expected the folder of at least one")
+    if "://" not in studies and not Path(studies).is_dir():
+        raise ValueError(f"studies: no such folder: {studies}")
+    app = Path(apps_dir).resolve() / APP
+    label = [sys.executable, "-m", "monailabel.main"]
+    if not app.exists():
+        subprocess.run([*label, "apps", "--name", APP, "--download", "--output", str(app.parent)], check=True)
+    (app / "model").mkdir(exist_ok=True)
+    names = [add_bundle(bundle, app) for bundle in bundles]
+    conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
+    options = [part for key, value in conf.items() for part in ("--conf", key, value)]
+    command = [*label, "start_server", "--app", str(app), "--studies", studies, *options]
+    os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])

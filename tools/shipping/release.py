@@ -1,0 +1,252 @@
+"""Makes the zip files of a release: each holds a bundle that runs alone, with `tools` inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from monai.apps.utils import check_hash
+from monai.bundle import ConfigParser
+
+from tools.common.files import atomic_path
+from tools.shipping.verify import LARGE_FILES, WEIGHTS, BundleError, find_bundles, require_weights, static_checks
+from tools.weights.checkpoints import WeightsError
+
+# what of a bundle's folder is released; run outputs, caches and data lie elsewhere in it
+CONTENT = ("LICENSE", "configs/*.conf", "configs/*.json", "configs/*.yaml", "docs/**/*", "scripts/**/*.py", WEIGHTS)
+TOOLS = Path(__file__).resolve().parents[1]
+TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the earliest that the format knows
+MODE = 0o100644  # of every file: readable by all
+INFO = "model_info.json"
+BLOCK = re.compile(r"^(\w+):.*\n(?:[ -].*\n)*", re.MULTILINE)  # a top-level key of a config and what belongs to it
+MODEL_CARD = {"library_name": "monai", "license": "apache-2.0", "tags": ["monai", "medical"]}  # of Hugging Face
+
+
+def release(
+    *names: str,
+    output: str = "dist",
+    variant: str | None = None,
+    base_url: str | None = None,
+    weights: str | None = None,
+) -> None:
+    """Write `NAME_vVERSION.zip` for each bundle, and `model_info.json`.
+
+    Either all of them are written or none. The same files give the same zip, byte for byte.
+
+    Args:
+        *names: of bundles in `bundles/`, or folders of bundles; all of `bundles/` if there is none.
+        output: folder to write to.
+        variant: overlay (`swin_unetr`) that is merged into the configs; the bundle is then called NAME_VARIANT.
+        base_url: where the zip files will be found; `model_info.json` names it.
+        weights: file that becomes `models/model.pt`, instead of the bundle's own; for a single bundle.
+
+    Raises:
+        BundleError: a bundle is not fit for release.
+    """
+    folders = find_bundles(names)
+    if weights is not None and len(folders) != 1:
+        raise BundleError(f"--weights: found {len(folders)} bundles, expected the name of one")
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = [stage(folder, Path(temporary), variant, weights) for folder in folders]
+        for folder in staged:
+            _require_fit(folder)
+        for folder in staged:
+            archive = pack(folder, Path(output))
+            print(f"{archive}  {archive.stat().st_size / 1e6:.1f} MB  SHA-256 {_digest(archive, 'sha256')}")
+            _add_info(archive, base_url)
+
+
+def stage(folder: Path, parent: Path, variant: str | None = None, weights: str | None = None) -> Path:
+    """Lay out in `parent` what is released of a bundle.
+
+    Args:
+        folder: of the bundle.
+        parent: folder that the released one is made in.
+        variant: as in `release`.
+        weights: as in `release`.
+
+    Returns:
+        the released folder; its name is that of the bundle.
+
+    Raises:
+        BundleError: the large files are not there or not the right ones, or the variant cannot be merged.
+    """
+    _require_large_files(folder)
+    staged = parent / (folder.name if variant is None else f"{folder.name}_{variant}")
+    for pattern in CONTENT:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not path.name.startswith("."):
+                _copy(path, staged / path.relative_to(folder))
+    for path in sorted(TOOLS.rglob("*.py")):
+        _copy(path, staged / "tools" / path.relative_to(TOOLS))
+    if weights is not None:
+        _copy(Path(weights), staged / WEIGHTS)
+    if variant is not None:
+        _merge_variant(staged, folder.name, variant)
+    page = staged / "docs/README.md"
+    if page.is_file():
+        page.write_text(_without_links_out(page.read_text(encoding="utf-8")), encoding="utf-8")
+        (staged / "README.md").write_text(_model_card(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return staged
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _require_large_files(folder: Path) -> None:
+    """What `large_files.yml` lists goes into the zip, so it must be there."""
+    if not (folder / LARGE_FILES).is_file():
+        return
+    for entry in ConfigParser.load_config_file(folder / LARGE_FILES)["large_files"]:
+        path = folder / entry["path"]
+        if not path.is_file():
+            raise BundleError(
+                f"{path}: does not exist, but {LARGE_FILES} lists it; get it with "
+                f"python -m monai.bundle download_large_files --bundle_path {folder}"
+            )
+        if not check_hash(path, entry["hash_val"], entry["hash_type"]):
+            raise BundleError(f"{path}: found another {entry['hash_type']} than {LARGE_FILES} gives")
+
+
+def _require_fit(folder: Path) -> None:
+    """Refuse a bundle whose files are wrong, or whose weights are those of another network."""
+    problems = [problem for check in static_checks(folder) for problem in check.problems]
+    if not problems and (folder / WEIGHTS).is_file():
+        try:
+            require_weights(folder)
+        except WeightsError as error:
+            problems = [str(error)]
+    if problems:
+        text = "\n".join([f"{folder.name} is not fit for release:", *problems])
+        raise BundleError(text.replace(f"{folder.parent}{os.sep}", ""))  # the staged files are gone by then
+
+
+# ---- variants -------------------------------------------------------------------------------------------------
+
+
+def _merge_variant(staged: Path, name: str, variant: str) -> None:
+    """Make the overlay part of `train.yaml` (and so of what `evaluate.yaml` lies on) and `inference.yaml`.
+
+    Some clients, MONAI Label among them, read one config alone.
+    """
+    overlay = staged / "configs" / f"{variant}.yaml"
+    if not overlay.is_file():
+        raise BundleError(f"--variant: {name} has no configs/{variant}.yaml")
+    changes = yaml.safe_load(overlay.read_text(encoding="utf-8"))
+    train = staged / "configs/train.yaml"
+    before = yaml.safe_load(train.read_text(encoding="utf-8"))
+    unknown = changes.keys() - before.keys()
+    if unknown:
+        raise BundleError(f"--variant: {variant}.yaml sets {sorted(unknown)}, expected keys of {name}'s train.yaml")
+    for config in (train, staged / "configs/inference.yaml"):
+        merged = merge_overlay(config.read_text(encoding="utf-8"), overlay.read_text(encoding="utf-8"))
+        config.write_text(f"# {variant}.yaml is merged into this file.\n{merged}", encoding="utf-8")
+    _rename(staged, name, variant, {key: value for key, value in changes.items() if value != before[key]})
+
+
+def merge_overlay(config: str, overlay: str) -> str:
+    """Replace the top-level keys that both texts have; comments and order stay.
+
+    Args:
+        config: YAML text.
+        overlay: YAML text; keys that `config` does not have are left out.
+
+    Raises:
+        BundleError: the result is not what MONAI makes of the two, because of a layout that is not understood.
+    """
+    blocks = {block[1]: block[0] for block in BLOCK.finditer(overlay)}
+    merged = BLOCK.sub(lambda block: _with_comment(blocks.get(block[1], block[0]), block[0]), config)
+    before, changes = yaml.safe_load(config), yaml.safe_load(overlay)
+    if yaml.safe_load(merged) != {**before, **{key: value for key, value in changes.items() if key in before}}:
+        raise BundleError("an overlay could not be merged; expected top-level keys that begin at the left margin")
+    return merged
+
+
+def _with_comment(new: str, old: str) -> str:
+    """A line that says what a key means still says so of its new value."""
+    comment = re.search(r"\s+# .*\n\Z", old)
+    if comment is None or new.count("\n") > 1 or old.count("\n") > 1 or "# " in new:
+        return new
+    return new.rstrip("\n") + comment[0]
+
+
+def _rename(staged: Path, name: str, variant: str, changes: dict[str, Any]) -> None:
+    """Let metadata and README tell of the variant."""
+    file = staged / "configs/metadata.json"
+    meta = json.loads(file.read_text(encoding="utf-8"))
+    meta["name"] = f"{meta['name']} ({variant})"
+    if "roi_size" in changes:
+        data = meta["network_data_format"]
+        data["inputs"]["image"]["spatial_shape"] = data["outputs"]["pred"]["spatial_shape"] = changes["roi_size"]
+    file.write_text(json.dumps(meta, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    page = staged / "docs/README.md"
+    text = re.sub(rf"\b{name}\b", staged.name, page.read_text(encoding="utf-8"))
+    plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+    for key, value in plain.items():
+        text = re.sub(rf"^(\| `{key}` \| )`.*?`", lambda row, v=value: f"{row[1]}`{v}`", text, flags=re.MULTILINE)
+    note = f"This is `{name}` with `{variant}.yaml` merged into its configs."
+    if plain:
+        note += f" Values that differ on this page: {', '.join(f'`{key}` {value}' for key, value in plain.items())}."
+    page.write_text(re.sub(r"\A(# .*\n)", rf"\1\n{note}\n", text), encoding="utf-8")
+
+
+# ---- what is written ------------------------------------------------------------------------------------------
+
+
+def _without_links_out(page: str) -> str:
+    """Links to other bundles and pages of the repository keep their words; where they led does not exist any more."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./\.\./[^)\s]+\)", r"\1", page)
+
+
+def _model_card(page: str) -> str:
+    """The README as Hugging Face shows it: front matter, and links that start from the bundle's own folder."""
+
+    def from_root(link: re.Match[str]) -> str:
+        target = link[1] if ":" in link[1] or link[1].startswith("#") else posixpath.normpath(f"docs/{link[1]}")
+        return f"]({target})"
+
+    return f"---\n{yaml.safe_dump(MODEL_CARD)}---\n\n" + re.sub(r"\]\(([^)\s]+)\)", from_root, page)
+
+
+def pack(folder: Path, output: Path) -> Path:
+    """Write a bundle's folder as `NAME_vVERSION.zip`.
+
+    Files are stored, not compressed: weights hardly shrink, and compressors differ from machine to machine.
+    """
+    version = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))["version"]
+    archive = output / f"{folder.name}_v{version}.zip"
+    with atomic_path(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as content:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(folder.parent).as_posix(), TIME)
+            entry.create_system, entry.external_attr = 3, MODE << 16  # Unix, on any machine
+            entry.file_size = path.stat().st_size
+            with path.open("rb") as source, content.open(entry, "w") as target:
+                shutil.copyfileobj(source, target)
+    return archive
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _add_info(archive: Path, base_url: str | None) -> None:
+    """Add a zip file to `model_info.json`, in the form of the Model Zoo's."""
+    file = archive.with_name(INFO)
+    info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    source = "" if base_url is None else f"{base_url.rstrip('/')}/{archive.name}"
+    info[archive.stem] = {"checksum": _digest(archive, "sha1"), "source": source}
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(info, indent=4) + "\n", encoding="utf-8")

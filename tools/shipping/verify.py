@@ -1,0 +1,396 @@
+"""What the Model Zoo checks before it takes a bundle, on this machine: no network, no data, no GPU.
+
+The Zoo's checks are those of `ci/verify_bundle.py` in Project-MONAI/model-zoo. MONAI's own functions do the work where
+it has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import monai.bundle.scripts as bundle_commands
+import torch
+import yaml
+from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_net_in_out
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+from monai.data import load_net_with_metadata
+from monai.networks.nets import SwinUNETR
+from monai.utils import optional_import
+from torch import nn
+
+from tools.common.errors import root_cause
+from tools.weights.checkpoints import check_weights
+
+jsonschema, has_jsonschema = optional_import("jsonschema")
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+NECESSARY = ("LICENSE", "configs/inference.yaml", "configs/metadata.json", "configs/train.yaml", "docs/README.md")
+ALONE = ("train.yaml", "inference.yaml")  # all other configs are overlays
+OF_INFERENCE = ("flips.yaml", "torchscript.yaml")  # on inference.yaml; the others on train.yaml
+META_KEYS = {
+    **dict.fromkeys(("version", "monai_version", "pytorch_version", "numpy_version"), str),
+    **dict.fromkeys(("name", "task", "description", "authors", "copyright", "intended_use"), str),
+    **dict.fromkeys(("changelog", "required_packages_version", "optional_packages_version"), dict),
+    "network_data_format": dict,
+}
+LARGE_FILES = "large_files.yml"
+LARGE = 25 * 2**20  # bytes; what is larger belongs into `large_files.yml`
+DIFFERENCE = 1e-4  # between a network and its export
+WEIGHTS = "models/model.pt"
+
+
+class BundleError(ValueError):
+    """A bundle that is not fit for release."""
+
+
+class Check(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        title: what was looked at.
+        problems: each in one sentence that names the file.
+        skipped: why nothing was looked at, or an empty text.
+    """
+
+    title: str
+    problems: list[str]
+    skipped: str = ""
+
+
+def verify(*names: str, schema: str | None = None) -> None:
+    """Check bundles as the Model Zoo does, and print what is wrong with them.
+
+    Args:
+        *names: of bundles in `bundles/`, or folders of bundles; all of `bundles/` if there is none.
+        schema: JSON file with MONAI's schema of metadata; without it, only the necessary keys are looked for.
+
+    Raises:
+        BundleError: no such bundle.
+        SystemExit: status 1, if something is wrong.
+    """
+    wrong = 0
+    for folder in find_bundles(names):
+        print(folder.name)
+        checks = static_checks(folder, schema)
+        if not any(check.problems for check in checks):  # else MONAI would stumble over the same
+            checks += network_checks(folder)
+        for check in checks:
+            print(f"  {check.title:22}{check.skipped or ('wrong' if check.problems else 'ok')}", flush=True)
+            for problem in check.problems:
+                print(f"    {problem}")
+            wrong += len(check.problems)
+    if wrong:
+        raise SystemExit(1)
+
+
+def find_bundles(names: Sequence[str]) -> list[Path]:
+    """Folders of bundles: each name is one in `bundles/`, or a folder; all of `bundles/` if there is no name.
+
+    Raises:
+        BundleError: no such bundle.
+    """
+    if not names:
+        found = sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
+        if not found:
+            raise BundleError(f"found no bundle in {BUNDLES}, expected the names or folders of bundles")
+        return found
+    return [_find_bundle(str(name)) for name in names]
+
+
+def _find_bundle(name: str) -> Path:
+    for folder in (BUNDLES / name, Path(name).resolve()):
+        if (folder / "configs").is_dir():
+            return folder
+    raise BundleError(f"{name}: no such bundle in {BUNDLES}, and no folder of a bundle (with configs/) either")
+
+
+# ---- files, metadata, configs, documentation ------------------------------------------------------------------
+
+
+def static_checks(folder: Path, schema: str | Path | None = None) -> list[Check]:
+    """Look at the files of a bundle, without building anything of it."""
+    missing = [
+        f"{folder / file}: does not exist, but is necessary" for file in NECESSARY if not (folder / file).is_file()
+    ]
+    if missing:
+        return [Check("files", missing)]
+    try:
+        meta = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [Check("metadata", [f"{folder / 'configs/metadata.json'}: is not valid JSON: {error}"])]
+    if not isinstance(meta, dict):
+        return [Check("metadata", [f"{folder / 'configs/metadata.json'}: is {type(meta).__name__}, expected keys"])]
+    checks = [
+        Check("files", []),
+        Check("metadata", metadata_problems(folder, meta)),
+        _schema_check(folder, meta, schema),
+        Check("licence", _licence_problems(folder)),
+        Check("sizes", _size_problems(folder)),
+    ]
+    configs = Check("configs", config_problems(folder))
+    checks.append(configs)
+    if not configs.problems:
+        checks.append(Check("documentation", _readme_problems(folder)))
+    return checks
+
+
+def metadata_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
+    """Say which keys of the metadata are missing or of another type, and whether the version is in the changelog."""
+    file = folder / "configs/metadata.json"
+    problems = [
+        f"{file}: {key} is {type(meta.get(key)).__name__}, expected {kind.__name__}"
+        for key, kind in META_KEYS.items()
+        if not isinstance(meta.get(key), kind)
+    ]
+    if problems:
+        return problems
+    if not re.fullmatch(r"\d+\.\d+\.\d+", meta["version"]):
+        problems.append(f"{file}: version is {meta['version']!r}, expected three numbers as in 0.1.0")
+    if meta["version"] not in meta["changelog"]:
+        problems.append(f"{file}: version {meta['version']} has no entry in changelog {list(meta['changelog'])}")
+    if meta["required_packages_version"] != meta["optional_packages_version"]:
+        problems.append(f"{file}: required_packages_version and optional_packages_version differ (MONAI merges them)")
+    return problems
+
+
+def _schema_check(folder: Path, meta: dict[str, Any], schema: str | Path | None) -> Check:
+    title = "metadata schema"
+    if schema is None:
+        return Check(title, [], "skipped: no --schema")
+    if not has_jsonschema:
+        return Check(title, [], "skipped: jsonschema is not installed")
+    content = json.loads(Path(schema).read_text(encoding="utf-8"))
+    errors = jsonschema.validators.validator_for(content)(content).iter_errors(meta)
+    where = folder / "configs/metadata.json"
+    return Check(title, [f"{where}: {'/'.join(map(str, e.absolute_path))}: {e.message}" for e in errors])
+
+
+def _licence_problems(folder: Path) -> list[str]:
+    """The licence of the bundle; that of the data is named in the README, whose links are looked at."""
+    text = (folder / "LICENSE").read_text(encoding="utf-8")
+    known = "Apache License" in text and "Version 2.0" in text
+    return [] if known else [f"{folder / 'LICENSE'}: is not the Apache License, Version 2.0"]
+
+
+def _size_problems(folder: Path) -> list[str]:
+    """Files that a Git repository should not hold, and a list of large files that cannot be downloaded."""
+    files = [path for part in ("configs", "docs", "scripts") for path in (folder / part).rglob("*") if path.is_file()]
+    problems = [
+        f"{path}: {path.stat().st_size / 2**20:.0f} MB, expected {LARGE // 2**20} MB at most"
+        for path in files
+        if path.stat().st_size > LARGE
+    ]
+    if not (folder / LARGE_FILES).is_file():
+        return problems
+    listed = ConfigParser.load_config_file(folder / LARGE_FILES).get("large_files", [])
+    for entry in listed:
+        missing = [key for key in ("path", "url", "hash_val", "hash_type") if not entry.get(key)]
+        if missing:
+            problems.append(f"{folder / LARGE_FILES}: {entry.get('path')} has no {', '.join(missing)}")
+    return problems
+
+
+def config_problems(folder: Path) -> list[str]:
+    """Say which configs MONAI cannot read, alone or, if they are overlays, on top of the config that they are for."""
+    problems = []
+    for path in sorted((folder / "configs").glob("*.yaml")):
+        base = path.with_name("inference.yaml" if path.name in OF_INFERENCE else "train.yaml")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Duplicate key")
+                parser = ConfigParser()
+                parser.read_config([path] if path.name in ALONE else [base, path])
+                parser.parse()
+        except Exception as error:  # of YAML, of MONAI's parser, of Python's
+            problems.append(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return problems
+
+
+def _readme_problems(folder: Path) -> list[str]:
+    """Keys and options that do not exist, and links that lead nowhere."""
+    page = folder / "docs/README.md"
+    text = page.read_text(encoding="utf-8")
+    table = re.search(r"<!-- keys -->(.*)<!-- /keys -->", text, re.DOTALL)
+    rows = re.findall(r"^\| `(\w+)` \|", table[1], re.MULTILINE) if table else []
+    train = yaml.safe_load((folder / "configs/train.yaml").read_text(encoding="utf-8"))
+    problems = [f"{page}: lists `{key}`, which configs/train.yaml does not have" for key in rows if key not in train]
+    problems += [
+        f"{page}: names --{option}, which no config has" for option in sorted(_options(text) - _known_options(folder))
+    ]
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if ":" not in link]
+    return problems + [f"{page}: {link} does not exist" for link in links if not (page.parent / link).exists()]
+
+
+def _options(text: str) -> set[str]:
+    """Options of `python -m monai.bundle` that a page names."""
+    options = set(re.findall(r"`--([a-z]\w*)[ `]", text))
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, _, arguments = line.partition("-m monai.bundle ")
+            options |= set(re.findall(r"\s--([a-z]\w*)", arguments))
+    return options
+
+
+def _known_options(folder: Path) -> set[str]:
+    """Top-level keys of the configs, and what the commands of `monai.bundle` and its tracking take."""
+    keys = {
+        key for path in (folder / "configs").glob("*.yaml") for key in yaml.safe_load(path.read_text(encoding="utf-8"))
+    }
+    commands = [command for name, command in inspect.getmembers(bundle_commands, inspect.isfunction) if name[0] != "_"]
+    taken = {name for command in commands for name in inspect.signature(command).parameters}
+    return keys | taken | set(DEFAULT_MLFLOW_SETTINGS["configs"])
+
+
+# ---- network, export, workflows -------------------------------------------------------------------------------
+
+
+def network_checks(folder: Path) -> list[Check]:
+    """Build the bundle's network and workflows, and export the network."""
+    checks: list[tuple[str, Callable[[Path], list[str]]]] = [
+        ("network in and out", _shape_problems),
+        ("TorchScript", _export_problems),
+        ("workflow properties", _property_problems),
+    ]
+    if (folder / WEIGHTS).is_file():
+        first = []
+        checks.insert(0, ("weights", _weights_problems))
+    else:
+        first = [Check("weights", [], f"no {WEIGHTS}: the checks below take random ones")]
+    with _own_scripts(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI warns of every config that it reads, and logs what it is told
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            return first + [_guarded(title, check, folder) for title, check in checks]
+        finally:
+            logging.disable(before)
+
+
+def _guarded(title: str, check: Callable[[Path], list[str]], folder: Path) -> Check:
+    """An error of a config is a result here: the other checks go on."""
+    try:
+        return Check(title, check(folder))
+    except Exception as error:
+        cause = root_cause(error)
+        return Check(title, [f"{folder}: {type(cause).__name__}: {' '.join(str(cause).split())}"])
+
+
+@contextmanager
+def _own_scripts(folder: Path) -> Iterator[None]:
+    """Import `scripts` from this bundle, and forget it afterwards: others have a package of the same name."""
+    before = list(sys.path), sys.excepthook
+    hidden = _take_scripts()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:], sys.excepthook = before
+        _take_scripts()
+        sys.modules.update(hidden)
+
+
+def _take_scripts() -> dict[str, Any]:
+    names = [name for name in sys.modules if name.partition(".")[0] == "scripts"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def build_network(folder: Path) -> nn.Module:
+    """The bundle's network for inference, with random weights."""
+    parser = ConfigParser()
+    parser.read_config(folder / "configs/inference.yaml")
+    parser["bundle_root"] = str(folder)
+    return parser.get_parsed_content("network_def")
+
+
+def require_weights(folder: Path) -> None:
+    """Refuse a `models/model.pt` that is not of the network of `configs/inference.yaml`.
+
+    Raises:
+        WeightsError: with the tensors that do not fit.
+    """
+    with _own_scripts(folder):
+        check_weights(folder / WEIGHTS, build_network(folder))
+
+
+def _weights_problems(folder: Path) -> list[str]:
+    check_weights(folder / WEIGHTS, build_network(folder))
+    return []
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """What every command of `monai.bundle` is told about a bundle."""
+    return {
+        "config_file": str(folder / "configs/inference.yaml"),
+        "meta_file": str(folder / "configs/metadata.json"),
+        "bundle_root": str(folder),
+    }
+
+
+def _shape_problems(folder: Path) -> list[str]:
+    # on the meta device nothing is computed: shapes and types alone, at the full size of the window
+    verify_net_in_out(net_id="network_def", device="meta", **_files(folder))
+    return []
+
+
+def _export_problems(folder: Path) -> list[str]:
+    """Export to TorchScript, load, and compare on the smallest window that the network takes, or a ViT's only one."""
+    network = build_network(folder).eval()
+    swin = any(isinstance(module, SwinUNETR) for module in network.modules())  # MONAI's cannot be scripted
+    fixed = any(name.endswith(".position_embeddings") for name in network.state_dict())
+    form = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))
+    form = form["network_data_format"]["inputs"]["image"]
+    shape = (1, form["num_channels"], *(form["spatial_shape"] if fixed else [64 if swin else 32] * 3))
+    with tempfile.TemporaryDirectory() as temporary:
+        weights, exported = folder / WEIGHTS, Path(temporary, "model.ts")
+        if weights.is_file():
+            network.load_state_dict(check_weights(weights, network))
+        else:
+            weights = Path(temporary, "model.pt")
+            torch.save(network.state_dict(), weights)
+        # our own comparison below is enough: no check_trace, which runs the network again
+        tracing = {"use_trace": True, "input_shape": shape, "converter_kwargs": {"check_trace": False}} if swin else {}
+        ckpt_export(net_id="network_def", filepath=str(exported), ckpt_file=str(weights), **tracing, **_files(folder))
+        loaded, meta, extra = load_net_with_metadata(str(exported), more_extra_files=("inference.json",))
+    image = torch.rand(shape)
+    with torch.no_grad():
+        difference = float((loaded.eval()(image) - network(image)).abs().max())
+    problems = [] if "version" in meta and extra["inference.json"] else [f"{folder}: export without metadata or config"]
+    if not difference <= DIFFERENCE:
+        problems.append(f"{folder}: the export differs from the network by {difference:g}, expected {DIFFERENCE:g}")
+    return problems
+
+
+def _property_problems(folder: Path) -> list[str]:
+    """Properties that MONAI's clients ask for, in training, evaluation and inference."""
+    case = [{"image": "image.nii.gz", "label": "label.nii.gz"}]  # never read: nothing is cached
+    training = {"train#dataset#data": case, "validate#dataset#data": case, "cache": "none"}
+    workflows = [
+        ("train", ["train"], training),
+        ("train", ["train", "evaluate"], training),
+        ("infer", ["inference"], {"dataset#data": case}),
+    ]
+    problems = []
+    with tempfile.TemporaryDirectory() as temporary:
+        places = {"dataset_dir": temporary, "output_dir": temporary, "bundle_root": str(folder)}
+        for kind, configs, overrides in workflows:
+            files = [str(folder / f"configs/{config}.yaml") for config in configs]
+            workflow = create_workflow(
+                config_file=files,
+                meta_file=str(folder / "configs/metadata.json"),
+                logging_file=False,
+                workflow_type=kind,
+                **places,
+                **overrides,
+            )
+            problems += [f"{' + '.join(files)}: property {name} is wrong" for name in workflow.check_properties() or []]
+    return problems

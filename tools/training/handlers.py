@@ -1,0 +1,300 @@
+"""Handlers that every bundle's training uses beside MONAI's own: progress, metrics.csv, seeds, safety."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, set_rnd
+from monai.engines import Evaluator
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tools.common.files import atomic_path
+from tools.common.tables import read_metrics
+from tools.weights.checkpoints import newest_checkpoint
+
+Terms = Callable[[Any], Mapping[str, Tensor]]
+
+
+def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The entries `loss` and `loss_…` of an engine's output, decollated or not."""
+    output = output if isinstance(output, Mapping) else output[0]
+    # MONAI decollates a loss into plain numbers
+    return {name: torch.as_tensor(value).detach() for name, value in output.items() if name.startswith("loss")}
+
+
+class ProgressBar:
+    """Progress bar of the whole training with the loss terms and the time left, and one line per validation.
+
+    On rank 0 only.
+
+    Args:
+        validator: engine whose metrics are printed after each of its runs.
+        metrics: names of the metrics to print.
+    """
+
+    def __init__(self, validator: Engine, metrics: Sequence[str]) -> None:
+        self.validator = validator
+        self.metrics = metrics
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        if idist.get_rank() > 0:
+            return
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_and_raise)
+        self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
+        self.bar: tqdm | None = None
+
+    def _open(self, engine: Engine) -> None:
+        state = engine.state
+        if self.bar is None:
+            total = state.max_epochs * state.epoch_length
+            self.bar = tqdm(total=total, initial=state.iteration, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.bar.set_description(f"epoch {state.epoch}/{state.max_epochs}", refresh=False)
+
+    def _advance(self, engine: Engine) -> None:
+        terms = loss_terms(engine.state.output).items()
+        self.bar.set_postfix({name: f"{float(value):.4f}" for name, value in terms}, refresh=False)
+        self.bar.update()
+
+    def _close(self) -> None:
+        if self.bar is not None:  # a finished run that is resumed has no epoch
+            self.bar.close()
+            self.bar = None  # in federated learning, another round follows
+
+    def _close_and_raise(self, engine: Engine, error: BaseException) -> None:
+        self._close()  # now, so that the error is printed below it
+        raise error
+
+    def _print_validation(self, validator: Engine) -> None:
+        values = {name: validator.state.metrics[name] for name in self.metrics if name in validator.state.metrics}
+        line = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        tqdm.write(f"validation, epoch {validator.state.epoch}: {line}")
+
+
+class ValidateEpochs:
+    """Validates every so many epochs, and after the last.
+
+    Args:
+        validator: engine to run.
+        interval: epochs.
+    """
+
+    def __init__(self, validator: Evaluator, interval: int) -> None:
+        self.validator = validator
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+
+        def due(trainer: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == trainer.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Validate now."""
+        self.validator.run(engine.state.epoch)
+
+
+class MetricsCSV:
+    """Writes `metrics.csv`: one row per epoch with the mean of each training term, and the validation's metrics.
+
+    Cells of epochs without a validation are empty. When a run is resumed, the rows of epochs that are trained
+    again are replaced.
+
+    Args:
+        path: file to write.
+        validator: engine whose metrics are written with the prefix `val_`.
+    """
+
+    def __init__(self, path: str | Path, validator: Engine) -> None:
+        self.path = Path(path)
+        self.validator = validator
+        self._validation: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._iterations = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, after the handler that validates."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+        self.validator.add_event_handler(Events.COMPLETED, self._keep_validation)
+
+    def _reset(self) -> None:
+        self._validation, self._sums, self._iterations = {}, {}, 0
+
+    def _add(self, engine: Engine) -> None:
+        self._iterations += 1
+        for name, value in loss_terms(engine.state.output).items():
+            self._sums[name] = self._sums.get(name, 0) + value.double()
+
+    def _keep_validation(self, validator: Engine) -> None:
+        self._validation = {f"val_{name}": value for name, value in validator.state.metrics.items()}
+
+    def _write(self, engine: Engine) -> None:
+        means = {
+            name: idist.all_reduce(float(total)) / self._iterations / idist.get_world_size()
+            for name, total in self._sums.items()
+        }
+        if idist.get_rank() > 0:
+            return
+        row = {"epoch": engine.state.epoch, **means, **self._validation}
+        rows = [old for old in read_metrics(self.path) if int(old["epoch"]) < engine.state.epoch]
+        rows.append({name: f"{value:.6g}" for name, value in row.items()})
+        names = list(dict.fromkeys(name for r in rows for name in r))
+        # training terms first, whatever epoch brought the first validation
+        names.sort(key=lambda name: name.startswith("val_"))
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class SeedEpochs:
+    """Seeds all random numbers at the start of each epoch by (seed, epoch, rank).
+
+    So the state of every random generator, in every process and worker, follows from two numbers, which a
+    checkpoint can hold: a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        seed: of the run.
+        loader: whose data set's random transforms are seeded too (workers are seeded by the loader).
+    """
+
+    def __init__(self, seed: int, loader: DataLoader) -> None:
+        self.seed = seed
+        self.loader = loader
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
+
+    def _seed(self, engine: Engine) -> None:
+        # distinct for all epochs and ranks below 2¹⁶ processes
+        state = (self.seed * 1_000_003 + engine.state.epoch) * 65_536 + idist.get_rank()
+        torch.manual_seed(state)
+        random.seed(state)
+        if self.loader.num_workers == 0:
+            set_rnd(self.loader.dataset, state % (2**32 - 1))
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue the run of that seed, whatever the config says."""
+        self.seed = state["seed"]
+
+
+class BestWeights:
+    """Keeps the weights of the best validation, as bare state dicts.
+
+    The best value so far belongs to the training checkpoints, so that a resumed run does not replace a better model.
+
+    Args:
+        weights: file name → module whose weights it holds.
+        ckpt_dir: folder to write to.
+        metric: of the validator, that decides.
+        lower_is_better: as a loss.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Module], ckpt_dir: str | Path, metric: str, lower_is_better: bool = False
+    ) -> None:
+        self.weights = weights
+        self.ckpt_dir = Path(ckpt_dir)
+        self.metric = metric
+        self.lower_is_better = lower_is_better
+        self.best = math.inf if lower_is_better else -math.inf
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the validator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, validator: Engine) -> None:
+        """Compare, and write if better (rank 0 only)."""
+        value = validator.state.metrics[self.metric]
+        better = value < self.best if self.lower_is_better else value > self.best
+        if not better:  # nor if it is not a number
+            return
+        self.best = value
+        if idist.get_rank() > 0:
+            return
+        for name, module in self.weights.items():
+            with atomic_path(self.ckpt_dir / name) as temporary:
+                torch.save(module.state_dict(), temporary)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint needs."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from there."""
+        self.best = state["best"]
+
+
+class GradientClipping:
+    """Scales the gradients down to a maximum norm before every step.
+
+    Args:
+        network: whose gradients.
+        max_norm: of all gradients together.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self) -> None:
+        """Clip now."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class StopOnBadLoss:
+    """Stops the run when the loss is not finite, before it reaches the weights.
+
+    Args:
+        ckpt_dir: folder of the training checkpoints, named in the error.
+
+    Raises:
+        FloatingPointError: with the step, the terms, the files of the batch and the last good checkpoint.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        self.ckpt_dir = Path(ckpt_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Look at the loss of this step."""
+        terms = loss_terms(engine.state.output)
+        if torch.isfinite(terms["loss"]):
+            return
+        found = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        files = sorted(set(engine.state.batch["file"]))
+        last = newest_checkpoint(self.ckpt_dir)
+        raise FloatingPointError(
+            f"the loss is not finite at step {engine.state.iteration} (epoch {engine.state.epoch}): {found}; "
+            f"batch: {', '.join(files)}; "
+            + (f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet")
+        )

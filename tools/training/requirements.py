@@ -1,0 +1,110 @@
+"""Checks before the first training step, and rows of the start table that say what they found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from math import ceil, prod
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from torch import nn
+
+from tools.common.text import axis_ranges, bytes_text
+from tools.data.datasets import CACHES
+from tools.data.inspection import Scan
+from tools.weights.checkpoints import WeightsError, check_weights, newest_checkpoint
+
+
+def require_cache_room(
+    scans: Sequence[Scan],
+    cache: str,
+    cache_dir: str | Path,
+    spacing: Sequence[float] | None = None,
+    labels: bool = False,
+) -> int:
+    """Bytes that the cached scans will take, as 32-bit floats, and their labels, as bytes, if they have any.
+
+    An upper estimate: cropping to the foreground makes most scans smaller, padding makes small ones larger.
+
+    Raises:
+        OSError: the disk of `cache_dir` (cache: disk) or the memory of this machine (cache: memory) is too small.
+        ValueError: `cache` is none of the known words.
+    """
+    need = sum((4 * scan.channels + labels) * prod(scan.shape) * _resampling(scan, spacing) for scan in scans)
+    folder = Path(cache_dir).absolute()
+    if cache == "disk":
+        folder.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.glob("*.pt"))
+        what = f"cache_dir {folder}: the disk has"
+    elif cache == "memory":
+        need *= idist.get_nproc_per_node()  # each process keeps all scans
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        what = "cache: memory: this machine has"
+    elif cache in CACHES:
+        return 0
+    else:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}; found {cache!r}")
+    if need > room:
+        raise OSError(
+            f"{what} {bytes_text(room)}, {len(scans)} scans need about {bytes_text(need)}; "
+            "choose another cache_dir, or --cache none"
+        )
+    return ceil(need)
+
+
+def _resampling(scan: Scan, spacing: Sequence[float] | None) -> float:
+    return 1.0 if spacing is None else prod(scan.spacing) / prod(spacing)
+
+
+def require_resumable(ckpt_dir: str | Path, network: nn.Module) -> Path:
+    """The newest training checkpoint, which fits the network.
+
+    Raises:
+        WeightsError: there is none, or it is of another network.
+    """
+    path = newest_checkpoint(ckpt_dir)
+    if path is None:
+        raise WeightsError(f"resume: no checkpoint_epoch=N.pt in ckpt_dir {ckpt_dir}")
+    check_weights(path, network)
+    return path
+
+
+def training_memory(network: nn.Module, *inputs: torch.Tensor) -> int:
+    """Bytes that a training step keeps at least: weights, gradients, Adam's moments and saved activations.
+
+    The forward pass runs with shapes only, so it costs no memory and little time.
+
+    Args:
+        network: in training mode, on any device.
+        inputs: of its forward, on the CPU.
+    """
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    network = deepcopy(network).to("meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(*(x.to("meta") for x in inputs))
+    parameters = sum(p.numel() * p.element_size() for p in network.parameters())
+    return 4 * parameters + sum(storage.nbytes() for storage in saved.values())
+
+
+def scan_lines(training: Sequence[Scan], validation: Sequence[Scan], left_out: Sequence[Scan]) -> list[tuple[str, str]]:
+    """Rows of the start table that are about the scans."""
+    scans = [*training, *validation]
+    lines = [
+        ("scans", f"{len(training)} for training, {len(validation)} for validation"),
+        ("shape", f"{axis_ranges([s.shape for s in scans])} voxels"),
+        ("spacing", f"{axis_ranges([s.spacing for s in scans])} mm"),
+        ("intensity", f"{min(s.low for s in scans):.5g} … {max(s.high for s in scans):.5g}"),
+    ]
+    if left_out:
+        lines.append(("left out", str(len(left_out))))
+    return lines + [("", f"{scan.name}: {scan.problem}") for scan in left_out[:10]]

@@ -1,0 +1,600 @@
+"""Weights from pre-training into a segmentation network, with an account of every tensor.
+
+A network has an encoder, a decoder of several levels, and an output layer that always starts at random, because
+pre-training painted an image with it. A tensor of the network is *loaded* as it stands in the file, *adapted* (a
+first convolution, to another number of input channels; position embeddings, to another window), or *left out* for a
+reason. If too few of the tensors that were asked for can be filled, nothing is loaded and an error says why.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.bundle import ConfigParser
+from monai.networks.blocks import Convolution
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
+from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
+from torch import Tensor, nn
+
+from tools.common.tables import print_table
+from tools.common.text import bytes_text, parse_bool, size_text
+from tools.weights.checkpoints import WeightsError, describe, read_checkpoint
+
+PARTS = ("encoder", "all")  # of the network, to be filled
+Grid = tuple[int, int, int]  # tokens along the three axes
+
+# arguments of `load_pretrained` and their keys in a bundle's config
+SETTINGS = {name: f"pretrained_{name}" for name in ("parts", "decoder_levels", "min_fraction", "rescale", "roi_size")}
+
+# Modules of BasicUNet, SwinUNETR and UNETR by the level at which they work: 0 is the encoder, then the decoder from
+# its deepest level. Convolutions on the skip paths (`encoder…`) stand with the decoder level that they feed, so the
+# same name has another level in another network.
+LEVELS = (
+    {
+        **dict.fromkeys(("conv_0", "down_1", "down_2", "down_3", "down_4"), 0),
+        **{"upcat_4": 1, "upcat_3": 2, "upcat_2": 3, "upcat_1": 4},
+    },
+    {
+        "swinViT": 0,
+        **{"encoder10": 1, "encoder4": 2, "encoder3": 3, "encoder2": 4, "encoder1": 5},
+        **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4, "decoder1": 5},
+    },
+    {
+        "vit": 0,
+        **{"encoder4": 1, "encoder3": 2, "encoder2": 3, "encoder1": 4},
+        **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4},
+    },
+)
+ENCODER = {module for levels in LEVELS for module, level in levels.items() if level == 0}
+OUTPUT = {"final_conv", "out"}
+
+ALONE = ("swinViT.", "vit.")  # encoders that are published alone: their files lack this
+INPUT_CONVOLUTIONS = (
+    "conv_0.conv_0.conv.weight",
+    "swinViT.patch_embed.proj.weight",
+    "vit.patch_embedding.patch_embeddings.weight",
+    "encoder1.layer.conv1.conv.weight",
+    "encoder1.layer.conv3.conv.weight",
+)
+POSITIONS = "vit.patch_embedding.position_embeddings"  # [1, tokens, E]; the last axis of the image runs fastest
+TOKEN = 16  # voxels of a UNETR's token, along each axis
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the encoder."""
+    return _module(name) in ENCODER
+
+
+def is_output(name: str) -> bool:
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the output layer."""
+    return _module(name) in OUTPUT
+
+
+def part_of(name: str) -> str:
+    """`encoder`, `decoder` or `output`, of a parameter as the network names it."""
+    return "output" if is_output(name) else "encoder" if is_encoder(name) else "decoder"
+
+
+def _module(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+# ---------------------------------------------------------------------------------------- what became of a tensor
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """What became of one tensor of the network.
+
+    Attributes:
+        name: as in the network's state dict.
+        fate: `loaded`, `adapted` or `left out`.
+        why: how it was adapted, or why it was left out; empty if it was loaded.
+        asked: whether it belongs to the parts that were to be filled.
+    """
+
+    name: str
+    fate: str
+    why: str
+    asked: bool
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """The account of a transfer.
+
+    Attributes:
+        source: the file and what it looks like; None if there is none.
+        tensors: one for each tensor of the network, in its order.
+        unused: what the file holds besides, by module, with the number of tensors.
+        rescaled: number of convolutions that were brought to the size of fresh ones.
+    """
+
+    source: str | None
+    tensors: Sequence[TensorFate] = ()
+    unused: dict[str, int] = field(default_factory=dict)
+    rescaled: int = 0
+
+    @property
+    def asked(self) -> int:
+        """Number of tensors that were to be filled."""
+        return sum(tensor.asked for tensor in self.tensors)
+
+    @property
+    def filled(self) -> int:
+        """Number of them that were."""
+        return sum(tensor.asked and tensor.fate != "left out" for tensor in self.tensors)
+
+    def counts(self) -> dict[str, Counter[str]]:
+        """For `encoder`, `decoder` and `output`: how many tensors were loaded, adapted and left out."""
+        counts = {part: Counter() for part in ("encoder", "decoder", "output")}
+        for tensor in self.tensors:
+            counts[part_of(tensor.name)][tensor.fate] += 1
+        return counts
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Rows of the start table: the file, each module of the network, and the total."""
+        if self.source is None:
+            return [("pretrained", "no file given")]
+        modules: dict[str, list[TensorFate]] = {}
+        for tensor in self.tensors:
+            modules.setdefault(_module(tensor.name), []).append(tensor)
+        lines = [("pretrained", self.source), *((name, _fates(tensors)) for name, tensors in modules.items())]
+        if self.unused:
+            lines.append(("unused", f"{_listed(self.unused)}: in the file, but not in the network"))
+        if self.rescaled:
+            lines.append(("rescaled", f"{self.rescaled} convolutions, to the norm of fresh ones"))
+        total = [f"{part} {n.total() - n['left out']} of {n.total()}" for part, n in self.counts().items()]
+        return [*lines, ("total", f"{', '.join(total)} tensors filled")]
+
+
+def _fates(tensors: Sequence[TensorFate]) -> str:
+    """The tensors of one module in a line: how many had each fate, and why."""
+    counts = Counter(tensor.fate for tensor in tensors)
+    texts = []
+    for fate in ("loaded", "adapted", "left out"):
+        reasons = list(dict.fromkeys(t.why for t in tensors if t.fate == fate and t.why))
+        shown = reasons if fate == "adapted" else reasons[:1]  # one number of channels, one grid: never many
+        more = ["…"] if len(reasons) > len(shown) else []
+        if counts[fate]:
+            texts.append(f"{counts[fate]} {fate}" + (f" ({'; '.join([*shown, *more])})" if reasons else ""))
+    return ", ".join(texts)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    shown = [f"{count} of {name}" for name, count in list(counts.items())[:5]]
+    return ", ".join(shown) + (", …" if len(counts) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A network with the weights that were transferred, and the account of them."""
+
+    network: nn.Module
+    report: TransferReport
+
+
+# ---------------------------------------------------------------------------------------------------- the transfer
+
+
+def load_pretrained(
+    network: nn.Module,
+    pretrained: str | None,
+    parts: str = "encoder",
+    decoder_levels: int | None = None,
+    min_fraction: float = 0.9,
+    rescale: bool = False,
+    roi_size: Sequence[int] | None = None,
+) -> Transfer:
+    """Fill a network, in place, with the weights of a file.
+
+    Args:
+        network: a BasicUNet, SwinUNETR or UNETR with fresh weights.
+        pretrained: checkpoint of the same kind of network; None leaves the network as it is.
+        parts: `encoder`, or `all` for the decoder too.
+        decoder_levels: with `all`, how many levels of the decoder, from the deepest; None for all of them.
+        min_fraction: share of the tensors asked for that must be filled.
+        rescale: multiply each loaded convolution before an instance norm so that its norm is that of the fresh
+            one. The normalisation undoes it, so the network computes the same (up to the norm's epsilon, which
+            is felt where a channel hardly varies), but a learning rate then acts on loaded and fresh
+            convolutions alike. A UNETR's encoder has none of these, its decoder has.
+        roi_size: crop of the file's pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E]
+            are interpolated from that crop's grid of tokens to the network's. None: the network's own grid if it
+            has as many tokens, else a cube.
+
+    Raises:
+        ValueError: an argument is out of range, or the network is of another kind.
+        WeightsError: the file cannot be read, has values that are not finite, fills too few tensors, or has position
+            embeddings of another crop than `roi_size`, or of one that has to be given. The network is untouched.
+    """
+    last = _last_level(network, parts, decoder_levels)
+    _check_fraction(min_fraction)
+    _check_roi(roi_size)
+    rescale = parse_bool(rescale)
+    if pretrained is None:
+        return Transfer(network, TransferReport(None))
+    weights, report = _plan(network, pretrained, last, rescale, roi_size)
+    _require(report, min_fraction)
+    network.load_state_dict(weights, strict=False)
+    return Transfer(network, report)
+
+
+def _levels(network: nn.Module) -> dict[str, int]:
+    """The level of each module; what belongs to no level is the output layer.
+
+    Raises:
+        ValueError: the network is of another kind.
+    """
+    modules = list(dict.fromkeys(_module(name) for name in network.state_dict()))
+    for levels in LEVELS:
+        if set(modules) <= levels.keys() | OUTPUT:
+            return levels
+    raise ValueError(
+        f"weights are transferred into a BasicUNet, SwinUNETR or UNETR, found a {type(network).__name__} "
+        f"with the modules {', '.join(modules[:5])}"
+    )
+
+
+def _last_level(network: nn.Module, parts: str, decoder_levels: int | None) -> int:
+    """The shallowest level to fill; 0 is the encoder alone."""
+    levels = max(_levels(network).values())
+    if parts not in PARTS:
+        raise ValueError(f"pretrained_parts must be one of {', '.join(PARTS)}; found {parts!r}")
+    if decoder_levels is None:
+        return levels if parts == "all" else 0
+    if parts == "encoder":
+        raise ValueError(
+            f"pretrained_decoder_levels {decoder_levels!r} has no effect with pretrained_parts: encoder; "
+            "expected null, or pretrained_parts: all"
+        )
+    if decoder_levels not in range(1, levels + 1):
+        raise ValueError(
+            f"pretrained_decoder_levels must be 1 … {levels}, the levels of this {type(network).__name__}'s decoder, "
+            f"or null for all; found {decoder_levels!r}"
+        )
+    return decoder_levels
+
+
+def _check_fraction(min_fraction: float) -> None:
+    if not isinstance(min_fraction, int | float) or not 0 <= min_fraction <= 1:
+        raise ValueError(f"pretrained_min_fraction must be a number from 0 to 1; found {min_fraction!r}")
+
+
+def _check_roi(roi_size: Sequence[int] | None) -> None:
+    if roi_size is None:
+        return
+    sides = list(roi_size) if isinstance(roi_size, Sequence) else []
+    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 and side % TOKEN == 0 for side in sides):
+        raise ValueError(f"pretrained_roi_size must be three multiples of {TOKEN} voxels, or null; found {roi_size!r}")
+
+
+def _plan(
+    network: nn.Module, path: str | Path, last: int, rescale: bool, roi_size: Sequence[int] | None
+) -> tuple[dict[str, Tensor], TransferReport]:
+    """The tensors to load, and the account; nothing is loaded yet.
+
+    Raises:
+        WeightsError: the file cannot be read, has values that are not finite, or position embeddings of another or
+            an unknown crop.
+    """
+    _, found = read_checkpoint(path)
+    expected = network.state_dict()
+    match = match_names(found, expected)
+    names = match.names
+    for old in names.values():
+        _check_finite(path, old, found[old])
+    weights, fates, levels = {}, [], _levels(network)
+    for name, fresh in expected.items():
+        why = _not_asked(name, levels, last)
+        asked, fate = not why, "left out"
+        if asked and name not in names:
+            why = "not in the file"
+        elif asked:
+            tensor = found[names[name]].to(fresh.dtype)
+            if name == POSITIONS and tensor.ndim == 3 and tensor.shape[::2] == fresh.shape[::2]:
+                grid = _grid(f"{path}: {names[name]}", tensor.shape[1], network.feat_size, roi_size)
+                tensor, why = _on_grid(tensor, grid, network.feat_size)
+            else:
+                tensor, why = _fitted(name, tensor, fresh.shape)
+            if tensor is not None:
+                weights[name], fate = tensor, "adapted" if why else "loaded"
+        fates.append(TensorFate(name, fate, why, asked))
+    rescaled = _rescale(weights, expected, scale_free_convolutions(network)) if rescale else 0
+    unused = dict(Counter(_short(name, match.prefix) for name in found if name not in set(names.values())))
+    return weights, TransferReport(f"{path} looks like {describe(found)}", fates, unused, rescaled)
+
+
+def _not_asked(name: str, levels: dict[str, int], last: int) -> str:
+    """Why a tensor is not to be filled; empty if it is."""
+    if is_output(name):
+        return "the output layer starts at random"
+    level = levels[_module(name)]
+    if level <= last:
+        return ""
+    return f"level {level} of the decoder, asked for {last}" if last else "the decoder was not asked for"
+
+
+def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> tuple[Tensor | None, str]:
+    """The tensor in the network's shape, and how it was adapted; or None, and why it cannot be.
+
+    Channels repeat in cycles: of two adapted to four, the third stands for the first. Either way, the response to
+    input channels that repeat so stays what it was.
+    """
+    if tensor.shape == shape:
+        return tensor, ""
+    if name in INPUT_CONVOLUTIONS and (tensor.shape[0], *tensor.shape[2:]) == (shape[0], *shape[2:]):
+        old, new = tensor.shape[1], shape[1]
+        times = f"{old} → {new} input channels"
+        if new % old == 0:
+            repeats = (1, new // old, *[1] * (tensor.ndim - 2))
+            return tensor.repeat(repeats) / (new // old), f"{times}: repeated, divided by {new // old}"
+        if old % new == 0:
+            return tensor.unflatten(1, (old // new, new)).sum(dim=1), f"{times}: summed"
+    return None, f"shape {list(tensor.shape)} in the file, {list(shape)} in the network"
+
+
+def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -> Grid:
+    """The grid of a file's position embeddings, which it does not tell.
+
+    Args:
+        where: file and name of the embeddings, for errors.
+        tokens: how many there are.
+        grid: the network's.
+        roi_size: crop of the pre-training, voxels; None: the network's grid or a cube.
+
+    Raises:
+        WeightsError: the crop has another number of tokens, or is needed and not given.
+    """
+    if roi_size is not None:
+        h, w, d = (side // TOKEN for side in roi_size)
+        if h * w * d == tokens:
+            return h, w, d
+        raise WeightsError(
+            f"{where} has {tokens} tokens; pretrained_roi_size: found {list(roi_size)}, which has "
+            f"{size_text((h, w, d))} = {h * w * d} tokens of {TOKEN}³ voxels, expected the crop of its pre-training"
+        )
+    if tokens == math.prod(grid):
+        return grid
+    side = _cube(tokens)
+    if side:
+        return side, side, side
+    raise WeightsError(
+        f"{where} has {tokens} tokens, found neither the network's {size_text(grid)} nor a cube; pretrained_roi_size: "
+        f"found null, expected the crop of its pre-training, {tokens} tokens of {TOKEN}³ voxels"
+    )
+
+
+def _cube(tokens: int) -> int:
+    """The side of a cube of so many tokens; 0 if they make none."""
+    side = round(tokens ** (1 / 3))
+    return side if side**3 == tokens else 0
+
+
+def _on_grid(positions: Tensor, old: Grid, new: Grid) -> tuple[Tensor, str]:
+    """Position embeddings [1, tokens, E] between two grids, and how they were adapted: linear along each axis."""
+    if old == new:
+        return positions, ""
+    volume = positions.unflatten(1, old).movedim(-1, 1)  # [1, E, A, B, C]
+    volume = F.interpolate(volume, new, mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2), f"position embeddings of {size_text(old)} tokens → {size_text(new)}"
+
+
+def _check_finite(path: str | Path, name: str, tensor: Tensor) -> None:
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        raise WeightsError(
+            f"{path}: {name} has {bad} NaN or infinite values among {tensor.numel()}, expected finite values; "
+            "the training that wrote it diverged"
+        )
+
+
+def _short(name: str, prefix: str) -> str:
+    """The module of a tensor in the file, at most three names deep; its own name if that is no more than the prefix."""
+    module = name.rpartition(".")[0]
+    return name if f"{module}." in (".", prefix) else ".".join(module.split(".")[:3])
+
+
+def _require(report: TransferReport, min_fraction: float) -> None:
+    """Refuse a file that fills too few tensors, or none.
+
+    Raises:
+        WeightsError: with what is missing and why.
+    """
+    if report.filled and report.filled >= min_fraction * report.asked:
+        return
+    missing = [tensor for tensor in report.tensors if tensor.asked and tensor.fate == "left out"]
+    listed = "".join(f"\n  {tensor.name}: {tensor.why}" for tensor in missing[:10])
+    more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
+    raise WeightsError(
+        f"{report.source}; it fills {report.filled} of the {report.asked} tensors asked for, "
+        f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction)}"
+    )
+
+
+def _advice(report: TransferReport, min_fraction: float) -> str:
+    decoder_asked = any(tensor.asked and part_of(tensor.name) == "decoder" for tensor in report.tensors)
+    encoder = report.counts()["encoder"]
+    filled = encoder.total() - encoder["left out"]
+    if decoder_asked and filled and filled >= min_fraction * encoder.total():
+        return "Its encoder fits: `--pretrained_parts encoder` loads that alone"
+    return (
+        "Choose the network and sizes that the file was trained with (overlays such as configs/swin_unetr.yaml, "
+        "configs/unetr.yaml, configs/small.yaml), or accept fewer tensors with --pretrained_min_fraction"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ names in a file
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a file names the tensors of a network.
+
+    Attributes:
+        prefix: what its names begin with.
+        stands_for: what the network's names have in that place: nothing, `swinViT.` or `vit.`.
+        names: the name in the file, for each tensor of the network that it has.
+    """
+
+    prefix: str
+    stands_for: str
+    names: dict[str, str]
+
+
+def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
+    """Find the prefix of a file's names under which most are names of the network.
+
+    So wrappers need no list of their own (`module.`, `_orig_mod.`, `backbone.`, `student.net.` …). Of two networks
+    in one file (student and teacher) the first counts.
+
+    Args:
+        found: names in the file.
+        expected: names in the network.
+    """
+    spelled = {_spelled(name): name for name in found}
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in spelled:
+        starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+        for start in starts:
+            votes.update((name[:start], added) for added in ("", *ALONE) if added + name[start:] in expected)
+    if not votes:
+        return Match("", "", {})
+    prefix, added = votes.most_common(1)[0][0]
+    names = {added + name.removeprefix(prefix): old for name, old in spelled.items() if name.startswith(prefix)}
+    return Match(prefix, added, {name: old for name, old in names.items() if name in expected})
+
+
+def _spelled(name: str) -> str:
+    """A name as MONAI's networks spell it today.
+
+    The published SwinUNETR encoders have older spellings. MONAI's `MaskedAutoEncoderViT` has the last norm of a `ViT`
+    as the last of its blocks.
+    """
+    for old, new in ((".mlp.fc1.", ".mlp.linear1."), (".mlp.fc2.", ".mlp.linear2."), ("swin_vit.", "swinViT.")):
+        name = name.replace(old, new)
+    return re.sub(r"(^|\.)blocks\.\d+\.(weight|bias)$", r"\1norm.\2", name)
+
+
+# ------------------------------------------------------------------------------------------------------ rescaling
+
+
+def scale_free_convolutions(network: nn.Module) -> list[str]:
+    """Names of the convolutions that an instance norm follows, which undoes any factor in their weights."""
+    names = []
+    for name, module in network.named_modules():
+        if isinstance(module, Convolution) and hasattr(module, "adn"):
+            if isinstance(next(module.adn.children(), None), INSTANCE_NORMS):
+                names.append(f"{name}.conv")
+        elif isinstance(module, UnetResBlock | UnetBasicBlock):
+            norms = {i: getattr(module, f"norm{i}", None) for i in (1, 2, 3)}
+            names += [f"{name}.conv{i}.conv" for i, norm in norms.items() if isinstance(norm, INSTANCE_NORMS)]
+    return names
+
+
+def _rescale(weights: dict[str, Tensor], fresh: dict[str, Tensor], convolutions: Sequence[str]) -> int:
+    """Give the loaded ones among the convolutions the norm of the fresh ones; says how many there were."""
+    loaded = [name for name in convolutions if f"{name}.weight" in weights]
+    for name in loaded:
+        size = float(weights[f"{name}.weight"].norm())
+        factor = float(fresh[f"{name}.weight"].norm()) / size if size else 1.0
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if tensor in weights:
+                weights[tensor] = weights[tensor] * factor
+    return len(loaded)
+
+
+# ------------------------------------------------------------------------------------------------------ command
+
+
+def inspect(path: str, into: str | None = None, config_file: str | Sequence[str] | None = None) -> None:
+    """Say what a checkpoint holds and, without training, what a bundle would take from it.
+
+    Args:
+        path: the checkpoint.
+        into: folder of the bundle, whose configs/train.yaml is read.
+        config_file: the bundle's configs in place of `into`, in case overlays are used:
+            "['bundles/NAME/configs/train.yaml','bundles/NAME/configs/small.yaml']".
+
+    Raises:
+        ValueError: `into` and `config_file` are both given, or one is not there.
+        WeightsError: the file cannot be read, or the bundle's training would refuse it.
+    """
+    if into is not None and config_file is not None:
+        raise ValueError(f"transfer inspect: found --into {into} and --config_file, expected one of them")
+    print_table(_file_lines(path))
+    if into is not None:
+        config_file = f"{into}/configs/train.yaml"
+    if config_file is not None:
+        print()
+        _say_transfer(path, _parser([config_file] if isinstance(config_file, str) else list(config_file)))
+
+
+def _say_transfer(path: str, parser: ConfigParser) -> None:
+    """Print what training with this config would, and refuse what it would."""
+    settings = {name: parser.get_parsed_content(key) for name, key in SETTINGS.items()}
+    network = parser.get_parsed_content("network_def")
+    last = _last_level(network, settings["parts"], settings["decoder_levels"])
+    _check_fraction(settings["min_fraction"])
+    _check_roi(settings["roi_size"])
+    _, report = _plan(network, path, last, parse_bool(settings["rescale"]), settings["roi_size"])
+    print_table(report.lines())
+    _require(report, settings["min_fraction"])
+
+
+def _file_lines(path: str) -> list[tuple[str, str]]:
+    """What a file holds, in rows of a table."""
+    key, state = read_checkpoint(path)
+    size = bytes_text(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    # names do not depend on sizes, so the smallest networks tell them
+    networks = (
+        BasicUNet(3, features=(1, 1, 1, 1, 1, 1)),
+        SwinUNETR(1, 1, feature_size=12),
+        UNETR(1, 1, TOKEN, feature_size=2, hidden_size=1, mlp_dim=1, num_heads=1),
+    )
+    match = max((match_names(state, network.state_dict()) for network in networks), key=lambda m: len(m.names))
+    parts = Counter(part_of(name) for name in match.names)
+    rest = dict(Counter(_short(name, match.prefix) for name in state if name not in set(match.names.values())))
+    where = "bare" if key is None else f"under the key `{key}`"
+    lines = [
+        ("file", f"{path}: {len(state)} tensors, {size}, {where}"),
+        ("looks like", describe(state)),
+        ("names", _beginning(match)),
+        *((part, f"{parts[part]} tensors") for part in ("encoder", "decoder", "output")),
+    ]
+    if POSITIONS in match.names:
+        tokens = state[match.names[POSITIONS]].shape[1]
+        side = _cube(tokens)
+        shape = f"{size_text([side] * 3)} if the crop was a cube" if side else "the crop was no cube"
+        lines.append(("tokens", f"{tokens}: {shape} (the file does not tell it)"))
+    return [*lines, ("other", _listed(rest))] if rest else lines
+
+
+def _beginning(match: Match) -> str:
+    """How the names of a file begin, beside the network's."""
+    if match.prefix:
+        return f"begin with `{match.prefix}`" + (f" in place of `{match.stands_for}`" if match.stands_for else "")
+    return f"lack `{match.stands_for}`" if match.stands_for else "as MONAI's"
+
+
+def _parser(config_files: list[str]) -> ConfigParser:
+    """The config of a segmentation bundle, which works from wherever the bundle lies."""
+    for file in config_files:
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such config file, expected a bundle's train.yaml or overlay")
+    parser = ConfigParser()
+    parser.read_config(config_files)
+    missing = [key for key in ("network_def", *SETTINGS.values()) if key not in parser]
+    if missing:
+        raise ValueError(
+            f"{', '.join(config_files)}: found no {', '.join(missing)}; expected the config of a segmentation bundle"
+        )
+    parser["bundle_root"] = str(Path(config_files[0]).parents[1])
+    return parser
