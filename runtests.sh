@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Command 2: set-up, code style, every test, one process for each core. Arguments go to pytest: ./runtests.sh -k masking
+# Command 2: set-up, code style, tests, one process for each core. Arguments go to pytest: ./runtests.sh -k masking
+# ./runtests.sh --slow: the tests that this leaves out.
 # ./runtests.sh --label: the tests of a real MONAI Label server, in an environment of their own (8 GB).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,7 +19,12 @@ if [ "${1:-}" = --label ]; then
   fi
   exec python -m pytest tests/label "$@"
 fi
+marked="not slow"
+if [ "${1:-}" = --slow ]; then
+  shift
+  marked=slow
+fi
 . ./setup.sh
 ruff check .
 ruff format --check .
-python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "$marked" "$@"

@@ -14,32 +14,45 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared/data"
 
 
-# tests that start processes or train; the longest first, so that no process ends long after the others
-SLOW = (
+# files that start processes or train; the longest first, so that no process ends long after the others
+LONG = (
     "test_study_smoke",
-    "test_seg_commands",
     "test_install",
-    "test_methods",
+    "test_seg_commands",
     "test_commands",
+    "test_methods",
     "test_seg_export",
     "test_seg_training",
     "test_bad_input",
     "test_learning",
-    "test_seg_configs",
     "test_verify",
     "test_distributed",
-    "test_seg_inference",
     "test_seg_federated",
     "test_configs",
+    "test_seg_configs",
+    "test_seg_inference",
     "test_resume",
     "test_release",
     "test_hybridmim",
 )
 
+# more of what faster tests look at, too: see README.md, "Two commands"
+SLOW = (
+    "test_the_smoke_preset",  # each of its commands is tested by itself
+    # bundles of the same template as hybridmim_btcv_seg
+    *(f"test_every_bundle_passes[hybridmim_{name}_seg]" for name in ("hippocampus", "liver", "spleen")),
+    "test_monais_client_loads_verifies_and_exports_it",
+    "test_the_pre_training_bundle_runs_with_its_scripts",
+    "test_the_three_commands_follow_each_other",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, so that a broken one is seen soon."""
-    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else -1)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else -1)
+    for item in items:
+        if item.name in SLOW:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
