@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from monai.bundle import ckpt_export, create_workflow
 from monai.networks.nets import BasicUNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +20,7 @@ from scripts.hybridmim import HybridMIM
 from scripts.masking import Geometry
 from tools.common.tables import read_metrics
 
-from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, config_files, hounsfield, save_nifti
+from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, config_files, hounsfield, places, save_nifti
 
 TERMS = ["loss", "loss_pr", "loss_num", "loss_loc", "loss_con", "loss_cl"]
 METRICS = ["masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_accuracy"]
@@ -119,37 +120,21 @@ def test_the_backbone_loads_into_the_network_of_monai(trained):
     assert all(torch.equal(value, whole[f"backbone.{name}"]) for name, value in weights.items())
 
 
-def test_the_written_config_runs_again_and_gives_the_same(trained, command, tmp_path):
-    config = trained[0] / "out/config.yaml"
-    command(
-        *("-m", "monai.bundle", "run"),
-        config_file=config,
-        output_dir=tmp_path / "out",
-        ckpt_dir=tmp_path / "models",
-    )
+def test_the_written_config_runs_again_and_gives_the_same(trained, workflow, tmp_path):
+    create_workflow(
+        config_file=str(trained[0] / "out/config.yaml"),
+        workflow_type="train",
+        logging_file=False,
+        **places(tmp_path),
+    ).run()
     assert read_metrics(tmp_path / "out/metrics.csv") == read_metrics(trained[0] / "out/metrics.csv")
 
 
-def test_training_inside_the_bundle_gives_the_same(trained, run_bundle, ct_scans, tmp_path):
-    inside = tmp_path / "copy"
-    shutil.copytree(ROOT / BUNDLE, inside, ignore=shutil.ignore_patterns("models", "eval", "__pycache__"))
-    run_bundle("training", ["train", "small"], cwd=inside, dataset_dir=ct_scans, **{**TINY, "epochs": EPOCHS})
-    assert (inside / "models/model.pt").is_file()
-    assert (inside / "models/backbone.pt").is_file()
-    assert read_metrics(inside / "eval/metrics.csv") == read_metrics(trained[0] / "out/metrics.csv")
-
-
-def test_mlflow_gets_the_losses(run_bundle, ct_scans, tmp_path):
+def test_mlflow_gets_the_losses(workflow, ct_scans, tmp_path):
     pytest.importorskip("mlflow")
-    run_bundle(
-        "training",
-        ["train", "small"],
-        dataset_dir=ct_scans,
-        output_dir=tmp_path / "out",
-        ckpt_dir=tmp_path / "models",
-        tracking="mlflow",
-        **{**TINY, "epochs": 1},
-    )
+    flow = workflow("train", ["train", "small"], dataset_dir=str(ct_scans), tracking="mlflow", **{**TINY, "epochs": 1})
+    flow.run()
+    flow.finalize()
     (store,) = (tmp_path / "out").glob("*.db")
     with sqlite3.connect(store) as database:
         runs = dict(database.execute("select run_uuid, status from runs"))
@@ -164,22 +149,19 @@ def test_mlflow_gets_the_losses(run_bundle, ct_scans, tmp_path):
 # ---------------------------------------------------------------------------------------- evaluation and inference
 
 
-def test_evaluation_repeats_the_best_validation(trained, run_bundle, ct_scans, tmp_path):
-    done = run_bundle(
-        "evaluating",
-        ["train", "small", "evaluate"],
-        dataset_dir=ct_scans,
-        output_dir=tmp_path,
-        ckpt_dir=trained[0] / "models",
-        **TINY,
-    )
+def test_evaluation_inside_the_bundle_repeats_the_best_validation(trained, run_bundle, ct_scans, tmp_path):
+    """Without the options that say where things are."""
+    inside = tmp_path / "copy"
+    shutil.copytree(ROOT / BUNDLE, inside, ignore=shutil.ignore_patterns("models", "eval", "__pycache__"))
+    shutil.copytree(trained[0] / "models", inside / "models")
+    done = run_bundle("evaluating", ["train", "small", "evaluate"], cwd=inside, dataset_dir=ct_scans, **TINY)
     best = min(read_metrics(trained[0] / "out/metrics.csv"), key=lambda row: float(row["val_loss"]))
-    (found,) = read_metrics(tmp_path / "evaluation.csv")
+    (found,) = read_metrics(inside / "eval/evaluation.csv")
     for name in ("loss_pr", "masked_mse", "mean_mse", "number_accuracy", "location_auroc"):
         assert float(found[name]) == pytest.approx(float(best[f"val_{name}"]), rel=1e-4), name
         assert f"{name} " in done.stdout
-    assert len(list((tmp_path / "figures/evaluation").glob("*.png"))) == 1
-    assert not (tmp_path / "metrics.csv").exists()
+    assert len(list((inside / "eval/figures/evaluation").glob("*.png"))) == 1
+    assert not (inside / "eval/metrics.csv").exists()
 
 
 ORIENTATIONS = {"ras": "RAS", "lps": "LPS", "psr": "PSR", "ila": "ILA"}
@@ -278,17 +260,6 @@ def test_scans_of_the_same_name_do_not_overwrite_each_other(trained, workflow, c
 # ------------------------------------------------------------------------------------------ verification and export
 
 
-def test_verify_net_in_out(command):
-    done = command(
-        *("-m", "monai.bundle", "verify_net_in_out", "network_def"),
-        meta_file=f"{BUNDLE}/configs/metadata.json",
-        config_file=config_files(["train", "small"]),
-        bundle_root=BUNDLE,
-        device="cpu",
-    )
-    assert "verified with no error" in done.stdout + done.stderr
-
-
 def test_verify_net_in_out_inside_the_bundle(command):
     done = command(
         *("-m", "monai.bundle", "verify_net_in_out", "network_def"),
@@ -298,17 +269,6 @@ def test_verify_net_in_out_inside_the_bundle(command):
         device="cpu",
     )
     assert "verified with no error" in done.stdout + done.stderr
-
-
-def test_verify_metadata(command, shared_data, tmp_path):
-    schema = tmp_path / "schema.json"  # as if it had been downloaded
-    shutil.copy(shared_data / "meta_schema.json", schema)
-    done = command(
-        *("-m", "monai.bundle", "verify_metadata"),
-        meta_file=f"{BUNDLE}/configs/metadata.json",
-        filepath=schema,
-    )
-    assert "metadata is verified with no error" in done.stdout + done.stderr
 
 
 def test_unet_exports_to_torchscript(trained, network, command, tmp_path):
@@ -328,20 +288,21 @@ def test_unet_exports_to_torchscript(trained, network, command, tmp_path):
             torch.testing.assert_close(exported(image), network(image), atol=1e-4, rtol=0)
 
 
-def test_swin_unetr_exports_to_torchscript_by_tracing(command, tmp_path):
+def test_swin_unetr_exports_to_torchscript_by_tracing(tmp_path):
     torch.manual_seed(0)
     geometry = Geometry((64,) * 3, (32,) * 3, (16,) * 3, (64,) * 3, 32)
     network = HybridMIM(SwinUNETRBackbone(feature_size=12), geometry).eval()
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    command(
-        *("-m", "monai.bundle", "ckpt_export", "network_def"),
-        filepath=tmp_path / "model.ts",
-        ckpt_file=tmp_path / "model.pt",
-        meta_file=f"{BUNDLE}/configs/metadata.json",
-        config_file=config_files(["inference", "swin_unetr", "small"]),
-        bundle_root=BUNDLE,
+    ckpt_export(
+        "network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=str(ROOT / BUNDLE / "configs/metadata.json"),
+        config_file=[str(ROOT / file) for file in config_files(["inference", "swin_unetr", "small"])],
+        bundle_root=str(ROOT / BUNDLE),
         use_trace=True,
         input_shape=[1, 1, 64, 64, 64],
+        converter_kwargs={"check_trace": False},  # done below
     )
     exported = torch.jit.load(tmp_path / "model.ts")
     image = torch.rand(1, 1, 64, 64, 64)

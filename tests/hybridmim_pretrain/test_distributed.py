@@ -16,26 +16,29 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
 EPOCHS = 2
 
 
-def reports(command, kind, folder, *arguments):
-    """What each of two processes writes."""
-    command(*TORCHRUN, Path(__file__).with_name("two_processes.py"), kind, folder, *arguments)
-    return [torch.load(folder / f"rank={rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
 @pytest.fixture(scope="module")
-def gathered(command, tmp_path_factory):
-    return reports(command, "gather", tmp_path_factory.mktemp("gather"))
+def ranks(command, ct_scans, tmp_path_factory):
+    """A folder, and what each of two processes writes there.
+
+    Four scans for training, and three for validation, so that one process has more batches than the other.
+    """
+    folder = tmp_path_factory.mktemp("train")
+    extra = save_nifti(folder / "scans/ct_6.nii.gz", hounsfield(6, (40, 50, 44)))
+    scans = [*sorted(map(str, ct_scans.iterdir())), str(extra)]
+    (folder / "list.json").write_text(json.dumps({"training": scans[:4], "validation": scans[4:]}))
+    command(*TORCHRUN, Path(__file__).with_name("two_processes.py"), folder, folder / "list.json")
+    return folder, [torch.load(folder / f"rank={rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_contrastive_loss_of_two_processes_is_that_of_the_joint_batch(gathered):
-    for rank in gathered:
+def test_contrastive_loss_of_two_processes_is_that_of_the_joint_batch(ranks):
+    for rank in ranks[1]:
         joint, alone, split = (rank[kind] for kind in ("joint", "alone", "split"))
         assert split["losses"]["loss_cl"] == pytest.approx(joint["losses"]["loss_cl"], rel=1e-5)
         assert abs(alone["losses"]["loss_cl"] - joint["losses"]["loss_cl"]) > 0.1  # two negatives, not six
 
 
-def test_gradients_of_two_processes_are_those_of_the_joint_batch(gathered):
-    for rank in gathered:
+def test_gradients_of_two_processes_are_those_of_the_joint_batch(ranks):
+    for rank in ranks[1]:
         joint, alone, split = (rank[kind]["gradients"] for kind in ("joint", "alone", "split"))
         assert joint.keys() == split.keys()
         largest = max(float(gradient.abs().max()) for gradient in joint.values())
@@ -45,51 +48,39 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(gathered):
         assert not torch.allclose(alone[weight], joint[weight], rtol=0.1)  # the comparison can fail
 
 
-@pytest.fixture(scope="module")
-def shared(command, ct_scans, tmp_path_factory):
-    """Four scans for training, and three for validation, so that one process has more batches than the other."""
-    folder = tmp_path_factory.mktemp("train")
-    extra = save_nifti(folder / "scans/ct_6.nii.gz", hounsfield(6, (40, 50, 44)))
-    scans = [*sorted(map(str, ct_scans.iterdir())), str(extra)]
-    (folder / "list.json").write_text(json.dumps({"training": scans[:4], "validation": scans[4:]}))
-    return folder, reports(command, "train", folder, folder / "list.json")
-
-
-def seen(shared, kind, epoch):
+def seen(ranks, kind, epoch):
     """The scans that each process worked on."""
-    return [
-        [name for k, e, names, _ in rank["seen"] if (k, e) == (kind, epoch) for name in names] for rank in shared[1]
-    ]
+    return [[name for k, e, names, _ in rank["seen"] if (k, e) == (kind, epoch) for name in names] for rank in ranks[1]]
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_scans_are_shared_without_overlap(shared, epoch):
-    first, second = seen(shared, "training", epoch)
+def test_scans_are_shared_without_overlap(ranks, epoch):
+    first, second = seen(ranks, "training", epoch)
     assert len(first) == len(second) == 2
     assert {*first, *second} == {f"ct_{n}.nii.gz" for n in range(4)}
-    first, second = seen(shared, "validation", epoch)
+    first, second = seen(ranks, "validation", epoch)
     assert sorted(first + second) == [f"ct_{n}.nii.gz" for n in range(4, 7)]
 
 
-def test_scans_are_shared_anew_in_each_epoch(shared):
-    assert len({frozenset(seen(shared, "training", epoch)[0]) for epoch in (1, 2, 3)}) > 1
+def test_scans_are_shared_anew_in_each_epoch(ranks):
+    assert len({frozenset(seen(ranks, "training", epoch)[0]) for epoch in (1, 2, 3)}) > 1
 
 
-def test_losses_are_averaged_over_the_processes(shared):
-    folder, ranks = shared
+def test_losses_are_averaged_over_the_processes(ranks):
+    folder, results = ranks
     rows = read_metrics(folder / "out/metrics.csv")
     assert len(rows) == 3
     for row in rows:
         losses = [
             [loss for kind, epoch, _, loss in rank["seen"] if (kind, epoch) == ("training", int(row["epoch"]))]
-            for rank in ranks
+            for rank in results
         ]
         assert losses[0] != losses[1]
         assert float(row["loss"]) == pytest.approx(sum(map(sum, losses)) / 4, rel=1e-4)
 
 
-def test_the_processes_end_with_the_same_weights(shared):
-    first, second = (rank["weights"] for rank in shared[1])
+def test_the_processes_end_with_the_same_weights(ranks):
+    first, second = (rank["weights"] for rank in ranks[1])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -14,7 +14,7 @@ from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
 from tools.weights.checkpoints import WeightsError
 
-from .bundle import BUNDLE, ROOT, TINY, config_files
+from .bundle import ROOT, TINY, config_files, places
 
 EPOCHS = 6
 OPTIONS = {**TINY, "epochs": EPOCHS, "checkpoint_interval": 2}
@@ -24,10 +24,8 @@ def kill_after_epoch(epoch, scans, folder, workers):
     """Start a training in `folder` and end it without warning once the row of `epoch` is written."""
     options = {
         **OPTIONS,
-        "bundle_root": BUNDLE,
+        **places(folder),
         "dataset_dir": scans,
-        "output_dir": folder / "out",
-        "ckpt_dir": folder / "models",
         "num_workers": workers,
     }
     line = [sys.executable, "-m", "monai.bundle", "run", "training"]
@@ -64,24 +62,15 @@ def same(first, second):
     return first == second
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_and_resumed_run_ends_as_the_uninterrupted_one(run_bundle, ct_scans, tmp_path, workers):
-    def train(folder, **options):
-        return run_bundle(
-            "training",
-            ["train", "small"],
-            dataset_dir=ct_scans,
-            output_dir=folder / "out",
-            ckpt_dir=folder / "models",
-            **{**OPTIONS, "num_workers": workers, **options},
-        )
-
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_a_killed_and_resumed_run_ends_as_the_uninterrupted_one(run_bundle, workflow, ct_scans, tmp_path, workers):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {**OPTIONS, "num_workers": workers, "dataset_dir": str(ct_scans)}
     kill_after_epoch(3, ct_scans, killed, workers)
     assert (killed / "models/checkpoint_epoch=2.pt").is_file()
     assert not (killed / f"models/checkpoint_epoch={EPOCHS}.pt").exists()
-    train(whole)
-    done = train(killed, resume="true")
+    done = run_bundle("training", ["train", "small"], **options, **places(killed), resume="true")
+    workflow("train", ["train", "small"], **options, **places(whole)).run()
     assert "resumed from" in done.stdout
 
     rows = read_metrics(whole / "out/metrics.csv")

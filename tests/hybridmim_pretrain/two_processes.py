@@ -1,7 +1,6 @@
 """Run by torchrun from test_distributed.py: what two processes do, written to FOLDER/rank=N.pt.
 
-two_processes.py gather FOLDER
-two_processes.py train FOLDER DATALIST
+two_processes.py FOLDER DATALIST
 """
 
 from __future__ import annotations
@@ -88,6 +87,5 @@ def train(folder: Path, datalist: str) -> dict:
 
 
 if __name__ == "__main__":
-    kind, out, *scans = sys.argv[1:]
-    results = gather() if kind == "gather" else train(Path(out), *scans)
-    torch.save(results, Path(out) / f"rank={os.environ['RANK']}.pt")
+    folder, datalist = sys.argv[1:]
+    torch.save({**gather(), **train(Path(folder), datalist)}, Path(folder) / f"rank={os.environ['RANK']}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def config_files(name: str, configs: tuple[str, ...] | list[str], cwd: Path = RO
     return [f"{folder}/{config}.yaml" for config in configs]
 
 
+@cache
 def read(name: str, config: str) -> dict[str, Any]:
     """A config as it stands in its file."""
     return yaml.safe_load((ROOT / bundle(name) / "configs" / f"{config}.yaml").read_text())

@@ -11,6 +11,8 @@ import torch
 from ignite.engine import Events
 from monai.networks.nets import ViT
 
+from tools.commands.check import check
+from tools.commands.datalist import msd
 from tools.common.errors import root_cause
 from tools.common.windows import require_roi
 from tools.data.scans import ScanError
@@ -18,7 +20,7 @@ from tools.training.finetuning import parameter_groups
 from tools.weights.checkpoints import WeightsError
 from tools.weights.transfer import is_encoder
 
-from .bundles import TINY_TRAINING, sizes
+from .bundles import ROOT, TINY_TRAINING, bundle, sizes
 
 OPTIONS = {**TINY_TRAINING, **sizes("hippocampus", "unet"), "cache": "none", "epochs": 1}
 
@@ -127,9 +129,8 @@ def test_smaller_label_fractions_are_parts_of_larger_ones(train):
     assert not whole & {case["image"] for case in validation}
 
 
-def test_a_data_list_makes_the_same_split_as_the_folder(train, command, samples, tmp_path):
-    data = samples("hippocampus")
-    command(*("-m", "tools", "datalist", "msd"), dataset_dir=data, output=tmp_path / "list.json")
+def test_a_data_list_makes_the_same_split_as_the_folder(train, samples, tmp_path):
+    msd(str(samples("hippocampus")), str(tmp_path / "list.json"))
     for part in ("train", "validate"):
         by_folder, by_list = (
             train(**more).parser.get_parsed_content(f"{part}#dataset#data")
@@ -176,7 +177,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_labels_that_do_not_fit_stop_the_start_and_are_named(kind, train, damaged, command):
+def test_labels_that_do_not_fit_stop_the_start_and_are_named(kind, train, damaged, capsys):
     data, _, label = damaged
     change, words = DAMAGE[kind]
     rewrite(label, change)
@@ -186,19 +187,20 @@ def test_labels_that_do_not_fit_stop_the_start_and_are_named(kind, train, damage
     assert isinstance(cause, ScanError)
     assert label.name in str(cause)
     assert any(word in str(cause) for word in words.split("|")), str(cause)
-    done = command(*("-m", "tools", "check"), check=False, bundle="bundles/hybridmim_hippocampus_seg", dataset_dir=data)
-    assert done.returncode == 1 and label.name in done.stdout
+    with pytest.raises(SystemExit):
+        check(bundle=str(ROOT / bundle("hippocampus")), dataset_dir=str(data), workers=0)
+    assert label.name in capsys.readouterr().out
 
 
-def test_everything_that_is_wrong_is_reported_at_once(damaged, command):
+def test_everything_that_is_wrong_is_reported_at_once(damaged, capsys):
     data, _, label = damaged
     rewrite(label, shifted)
     others = sorted((data / "labelsTr").glob("*.nii.gz"))
     rewrite(others[1], other_value)
     others[2].unlink()
-    done = command(*("-m", "tools", "check"), check=False, bundle="bundles/hybridmim_hippocampus_seg", dataset_dir=data)
-    said = done.stdout + done.stderr
-    assert done.returncode == 1
+    with pytest.raises(SystemExit):
+        check(bundle=str(ROOT / bundle("hippocampus")), dataset_dir=str(data), workers=0)
+    said = capsys.readouterr().out
     for path in (label, others[1], others[2]):
         assert path.name in said, said
 
@@ -226,9 +228,10 @@ def test_missing_modality_of_a_case_is_named(samples, workflow, tmp_path):
     assert "t1ce" in cause and "BraTS20_Training_00" in cause
 
 
-def test_the_order_of_channels_is_printed(samples, command):
-    done = command(*("-m", "tools", "check"), bundle="bundles/hybridmim_brats_seg", dataset_dir=samples("brats"))
-    places = [done.stdout.index(f"_{m}.nii.gz") for m in ("t1", "t1ce", "t2", "flair")]
+def test_the_order_of_channels_is_printed(samples, capsys):
+    check(bundle=str(ROOT / bundle("brats")), dataset_dir=str(samples("brats")), workers=0)
+    said = capsys.readouterr().out
+    places = [said.index(f"_{m}.nii.gz") for m in ("t1", "t1ce", "t2", "flair")]
     assert places == sorted(places)
 
 
