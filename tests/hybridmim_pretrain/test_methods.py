@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
@@ -24,7 +23,7 @@ from tools.common.tables import read_metrics
 from tools.losses import ContrastiveLoss, MaskedL1Loss, Prediction
 from tools.weights.transfer import load_pretrained
 
-from .bundle import BUNDLE, TINY, config_files
+from .bundle import BUNDLE, TINY, config_files, places, two_and_one
 
 ROI = (32, 48, 32)  # 2×3×2 tokens
 VIT = {"hidden_size": 24, "mlp_size": 48, "heads": 2}
@@ -283,9 +282,6 @@ def test_simclr_tells_scans_apart_that_look_much_the_same():
 # ------------------------------------------------------------------------------------------------- in the bundle
 
 
-THREE_SCANS = {"training": (0, 1), "validation": (2,)}
-
-
 def plain(kind, size):
     return {
         "unet": lambda: BasicUNet(3, 1, 1, TINY["unet_features"]),
@@ -302,7 +298,7 @@ def plain(kind, size):
         (["swin_unetr", "simmim"], "swin", "val_masked_mse"),
         (["simclr"], "unet", "val_retrieval_accuracy"),
         (["simclr", "vit"], "vit", "val_retrieval_accuracy"),
-        (["swin_unetr", "simclr"], "swin", "val_retrieval_accuracy"),
+        pytest.param(["swin_unetr", "simclr"], "swin", "val_retrieval_accuracy", marks=pytest.mark.slow),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else value,
 )
@@ -312,9 +308,7 @@ def test_every_method_trains_validates_and_evaluates(workflow, ct_scans, tmp_pat
     options |= {"warmup_epochs": 0, "dataset_dir": str(ct_scans)}
     if kind == "swin":  # as few crops as can be, for the time they take
         options |= {"region_size": [32] * 3, "patch_size": [16] * 3, "crops_per_volume": 1}
-        three = {part: [{"image": f"ct_{i}.nii.gz"} for i in n] for part, n in THREE_SCANS.items()}
-        (tmp_path / "three.json").write_text(json.dumps(three))
-        options["datalist"] = str(tmp_path / "three.json")
+        options["datalist"] = two_and_one(tmp_path, "ct")
     flow = workflow("train", ["train", *overlays], **options)
     before = {name: p.clone() for name, p in flow.network_def.named_parameters()}
     flow.run()
@@ -379,6 +373,7 @@ def test_overlays_that_do_not_go_together_are_refused(workflow, ct_scans, overla
     assert said in str(root_cause(refused.value))
 
 
+@pytest.mark.slow
 def test_simclr_in_two_processes(command, ct_scans, tmp_path):
     """Views of both processes are compared; UNet's decoder gets no gradient, which DDP must be told."""
     done = command(
@@ -400,18 +395,11 @@ def test_a_resumed_mae_ends_as_the_uninterrupted_one(workflow, ct_scans, tmp_pat
     options = {**TINY, **TINY_VIT, "dataset_dir": str(ct_scans), "epochs": 3}
 
     def train(folder, **more):
-        places = {"output_dir": str(tmp_path / folder / "out"), "ckpt_dir": str(tmp_path / folder / "models")}
-        workflow("train", ["train", "mae"], **{**options, **places, **more}).run()
+        workflow("train", ["train", "mae"], **options, **places(tmp_path / folder), **more).run()
         return torch.load(tmp_path / folder / "models/checkpoint_epoch=3.pt", weights_only=True)["model"]
 
     whole = train("whole")
-    first = workflow(
-        "train",
-        ["train", "mae"],
-        **options,
-        output_dir=str(tmp_path / "cut/out"),
-        ckpt_dir=str(tmp_path / "cut/models"),
-    )
+    first = workflow("train", ["train", "mae"], **options, **places(tmp_path / "cut"))
     first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), first.trainer.terminate)
     first.run()
     resumed = train("cut", resume=True)
