@@ -140,26 +140,28 @@ def test_resume_without_a_checkpoint_is_refused(train, tmp_path):
     assert not (tmp_path / "out/metrics.csv").exists()
 
 
-def test_resume_from_another_backbone_is_refused(train, parse, ct_scans, tmp_path):
+@pytest.mark.parametrize(
+    ("configs", "options", "words"),
+    [
+        (
+            ["train", "swin_unetr", "small"],
+            {},
+            [
+                *("not the weights of a SwinUNETR", "configs/swin_unetr.yaml"),
+                "they look like a UNet (BasicUNet) with 1 input channel(s) and 4 features",
+            ],
+        ),
+        (["train", "small"], {"unet_features": [8, 8, 8, 8, 16, 4]}, ["expected [8, 1, 3, 3, 3]", "[4, 1, 3, 3, 3]"]),
+    ],
+    ids=["backbone", "size"],
+)
+def test_resume_from_another_network_is_refused(train, parse, ct_scans, tmp_path, configs, options, words):
     train(epochs=1)
     metrics = (tmp_path / "out/metrics.csv").read_bytes()
-    parser = parse(["train", "swin_unetr", "small"], dataset_dir=str(ct_scans), resume=True)
+    sizes = {**TINY, **options} if options else {}
+    parser = parse(configs, dataset_dir=str(ct_scans), resume=True, **sizes)
     with pytest.raises(RuntimeError) as error:
         parser.get_parsed_content("start")
     message = str(root_cause(error.value))
-    assert str(tmp_path / "models/checkpoint_epoch=1.pt") in message
-    assert "not the weights of a SwinUNETR" in message
-    assert "they look like a UNet (BasicUNet) with 1 input channel(s) and 4 features" in message
-    assert "configs/swin_unetr.yaml" in message
+    assert all(part in message for part in [*words, str(tmp_path / "models/checkpoint_epoch=1.pt")]), message
     assert (tmp_path / "out/metrics.csv").read_bytes() == metrics
-
-
-def test_resume_from_another_size_is_refused(train, parse, ct_scans, tmp_path):
-    train(epochs=1)
-    options = {**TINY, "unet_features": [8, 8, 8, 8, 16, 4]}
-    parser = parse(["train", "small"], dataset_dir=str(ct_scans), resume=True, **options)
-    with pytest.raises(RuntimeError) as error:
-        parser.get_parsed_content("start")
-    message = str(root_cause(error.value))
-    assert "expected [8, 1, 3, 3, 3]" in message
-    assert "[4, 1, 3, 3, 3]" in message

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
@@ -153,29 +149,19 @@ def test_another_network_is_refused_before_any_work(trained, workflow, samples, 
     assert not list(tmp_path.rglob("*_seg.nii.gz"))
 
 
-def test_a_killed_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, run_bundle, tmp_path):
-    whole, broken = trained[0], tmp_path
-    options = {**TRAINING, **places(broken), "dataset_dir": samples("hippocampus")}
-    line = [sys.executable, "-m", "monai.bundle", "run", "training"]
-    given = {"bundle_root": bundle("hippocampus"), "config_file": config_files("hippocampus", ["train"]), **options}
-    for name, value in given.items():
-        line += [f"--{name}", str(value)]
-    process = subprocess.Popen(
-        line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while newest_checkpoint(broken / "models") is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (broken / "models/checkpoint_epoch=4.pt").exists()
-    done = run_bundle("hippocampus", "training", ["train"], **options, resume=True)
-    assert "resumed from" in done.stdout
-    expected, found = (torch.load(f / "models/model.pt", weights_only=True) for f in (whole, broken))
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, workflow, tmp_path):
+    """A run that is killed: in the tests of pre-training."""
+    options = {**TRAINING, "dataset_dir": str(samples("hippocampus"))}
+    first = workflow("hippocampus", "train", ["train"], **options)
+    trainer = first.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), trainer.terminate)
+    first.run()
+    assert newest_checkpoint(tmp_path / "models") == tmp_path / "models/checkpoint_epoch=2.pt"
+    workflow("hippocampus", "train", ["train"], **options, resume=True).run()
+    expected, found = (torch.load(f / "models/model.pt", weights_only=True) for f in (trained[0], tmp_path))
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
-    losses = [[row["loss"] for row in read_metrics(f / "out/metrics.csv")] for f in (whole, broken)]
-    assert losses[0] == losses[1]
+    assert read_metrics(tmp_path / "out/metrics.csv") == read_metrics(trained[0] / "out/metrics.csv")
 
 
 # UNETR leaves parameters without a gradient, which DDP must be told
