@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,12 @@ MONAI_COMMANDS = [command for command in commands() if command.after("-m", "mona
 TOOLS_COMMANDS = [command for command in commands() if command.after("-m", "tools")]
 
 
+def require_none(faults: Iterable[str]) -> None:
+    """Fail with every fault, one on each line."""
+    faults = list(faults)
+    assert not faults, "\n" + "\n".join(faults)
+
+
 def test_there_are_pages_and_commands():
     assert {ROOT / "README.md", *(bundle / "docs/README.md" for bundle in BUNDLES)} <= PAGES.keys()
     assert len(MONAI_COMMANDS) > 10
@@ -100,43 +106,43 @@ def test_there_are_pages_and_commands():
 
 
 def test_commands_run_from_the_root_or_inside_the_bundle():
-    missing = []
+    faults = []
     for command in MONAI_COMMANDS:
         files = [*command.configs, *(ROOT / path for path in [command.options.get("meta_file")] if path)]
-        missing += [f"{command}: no {file}" for file in [command.bundle / "configs", *files] if not file.exists()]
-    assert missing == []
+        faults += [f"{command}: no {file}" for file in [command.bundle / "configs", *files] if not file.exists()]
+    require_none(faults)
 
 
 def test_options_of_monai_bundle_are_its_own_or_keys_of_the_configs():
-    unknown = {}
+    faults = []
     for command in MONAI_COMMANDS:
         function = getattr(monai_bundle, command.after("-m", "monai.bundle")[0])
         known = {name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
-        unknown[str(command)] = {re.split("#|::", option)[0] for option in command.options} - known - command.keys
-    assert {command: names for command, names in unknown.items() if names} == {}
+        unknown = {re.split("#|::", option)[0] for option in command.options} - known - command.keys
+        faults += [f"{command}: unknown {name}" for name in unknown]
+    require_none(faults)
 
 
 def test_the_run_id_is_a_key_of_the_configs():
     runs = [(command, *command.after("-m", "monai.bundle")[:2]) for command in MONAI_COMMANDS]
-    assert [str(command) for command, name, run in runs if name == "run" and run not in command.keys] == []
+    require_none(str(command) for command, name, run in runs if name == "run" and run not in command.keys)
 
 
 def test_no_option_is_null():
     """`null` would reach the config as text."""
-    assert [str(command) for command in MONAI_COMMANDS if "null" in command.options.values()] == []
+    require_none(str(command) for command in MONAI_COMMANDS if "null" in command.options.values())
 
 
 def test_config_files_that_are_named_exist():
-    missing = []
+    faults = []
     for page, text in PAGES.items():
         for path in set(re.findall(r"[\w./-]*configs/[\w.-]+\.(?:yaml|json)", text)):
             start = ROOT if path.startswith("bundles/") else page.parents[1] if page.parents[1] in BUNDLES else None
             found = [bundle / path for bundle in BUNDLES] if start is None else [start / path]
-            missing += [] if any(file.is_file() for file in found) else [f"{page}: {path}"]
-        for name in set(re.findall(r"(?<![\w/.-])[\w-]+\.yaml", text)) - WRITTEN:
-            exists = any((bundle / "configs" / name).is_file() for bundle in BUNDLES)
-            missing += [] if exists else [f"{page}: {name}"]
-    assert missing == []
+            faults += [f"{page}: {path}"] if not any(file.is_file() for file in found) else []
+        names = set(re.findall(r"(?<![\w/.-])[\w-]+\.yaml", text)) - WRITTEN
+        faults += [f"{page}: {name}" for name in names if not any((b / "configs" / name).is_file() for b in BUNDLES)]
+    require_none(faults)
 
 
 def is_plain(value: Any) -> bool:
@@ -167,12 +173,12 @@ def test_the_key_tables_name_every_other_key():
 
 
 def test_relative_links_and_pictures_exist():
-    broken = []
+    faults = []
     for page, text in PAGES.items():
         text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
         targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", target)]
-        broken += [f"{page}: {target}" for target in targets if not leads_somewhere(page, target)]
-    assert broken == []
+        faults += [f"{page}: {target}" for target in targets if not leads_somewhere(page, target)]
+    require_none(faults)
 
 
 def leads_somewhere(page: Path, target: str) -> bool:
@@ -195,14 +201,14 @@ def tool(words: list[str]) -> tuple[Callable[..., Any], list[str]]:
 
 
 def refused(words: list[str], complete: bool = True) -> str:
-    """Why `python -m tools WORDS` cannot be called so, or nothing; `complete`: with all arguments that it needs."""
+    """Why `python -m tools WORDS` cannot be called so, or nothing; `complete`: with all that it needs."""
     try:
-        function, words = tool(words)
+        function, rest = tool(words)
         positional, named = [], {}
-        while words:
-            word, *words = words
+        while rest:
+            word, *rest = rest
             if word.startswith("--"):
-                named[word[2:]], *words = words or [""]
+                named[word[2:]], *rest = rest or [""]
             else:
                 positional.append(word)
         signature = inspect.signature(function)
@@ -213,17 +219,14 @@ def refused(words: list[str], complete: bool = True) -> str:
 
 
 def test_tools_accept_the_commands():
-    found = {str(command): refused(command.after("-m", "tools")) for command in TOOLS_COMMANDS}
-    assert {command: why for command, why in found.items() if why} == {}
+    found = ((command, refused(command.after("-m", "tools"))) for command in TOOLS_COMMANDS)
+    require_none(f"{command}: {why}" for command, why in found if why)
 
 
 def test_tools_commands_in_the_text_exist():
-    found = {
-        f"{page}: {words}": refused(words.split(), complete=False)
-        for page, text in PAGES.items()
-        for words in re.findall(r"`python -m tools ([a-z][^`]*)`", text)
-    }
-    assert {command: why for command, why in found.items() if why} == {}
+    named = [(page, words) for page in PAGES for words in re.findall(r"`python -m tools ([a-z][^`]*)`", PAGES[page])]
+    found = ((page, words, refused(words.split(), complete=False)) for page, words in named)
+    require_none(f"{page}: {words}: {why}" for page, words, why in found if why)
 
 
 README = "\n".join(code_blocks(PAGES[ROOT / "README.md"], "python"))

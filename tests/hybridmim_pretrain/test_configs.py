@@ -9,7 +9,6 @@ import math
 import operator
 import re
 
-import jsonschema
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -98,38 +97,7 @@ def test_defaults_of_the_paper():
     assert weights == [1.0, 0.1, 0.1, 0.01, 0.1]
 
 
-@pytest.mark.parametrize(
-    ("kind", "configs"),
-    [
-        ("train", ["train", "small", "evaluate"]),
-        ("train", ["train", "swin_unetr", "mri", "small"]),
-        ("infer", ["inference", "small"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "+".join(value),
-)
-def test_monai_finds_every_property(workflow, ct_scans, kind, configs):
-    flow = workflow(kind, configs, dataset_dir=str(ct_scans), cache="none", num_workers=0)
-    assert flow.check_properties() == []
-
-
-def test_monai_notices_a_property_of_another_name(workflow, ct_scans):
-    """The test above can fail."""
-    flow = workflow("infer", ["inference", "small"], dataset_dir=str(ct_scans), mine="@postprocessing")
-    flow.parser["evaluator#postprocessing"] = "@mine"
-    assert flow.check_properties() == ["postprocessing"]
-
-
 # ------------------------------------------------------------------------------------------------- the metadata
-
-
-def test_metadata_satisfies_the_schema_of_monai(shared_data):
-    schema = json.loads((shared_data / "meta_schema.json").read_text())
-    jsonschema.validate(metadata(), schema)
-
-
-def test_metadata_names_its_version_in_the_changelog():
-    meta = metadata()
-    assert meta["version"] in meta["changelog"]
 
 
 def test_metadata_pins_what_requirements_pins():

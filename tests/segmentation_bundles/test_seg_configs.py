@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 
-import jsonschema
 import pytest
 import torch
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 
 from tools.data.classes import label_values, own_values
 
-from .bundles import CONFIGS, NAMES, ROOT, bundle, places, read
+from .bundles import CONFIGS, NAMES, ROOT, bundle, read
 
 NETWORKS = {"swin_unetr": SwinUNETR, "unetr": UNETR}
 SIZES = (  # of the networks
@@ -158,24 +157,6 @@ def test_a_torchscript_file_is_taken_with_any_overlay(name):
     for config in (*NETWORKS, "small", "flips"):
         assert not overlay.keys() & read(name, config).keys()
     assert overlay["inferring"] == inference["inferring"][1:]
-
-
-@pytest.mark.parametrize("name", ["btcv", "brats"])
-@pytest.mark.parametrize("kind", ["train", "train+evaluate", "inference"])
-def test_monai_finds_all_its_properties(name, kind, workflow, samples, tmp_path):
-    configs = {"train": ["train"], "train+evaluate": ["train", "evaluate"], "inference": ["inference"]}[kind]
-    overrides = {"dataset_dir": str(samples(name)), "cache": "none", "output_dir": places(tmp_path)["output_dir"]}
-    if kind == "inference":
-        overrides.pop("cache")
-    assert not workflow(name, kind.split("+")[0].replace("ference", "fer"), configs, **overrides).check_properties()
-
-
-@EVERY_BUNDLE
-def test_metadata_tells_of_this_bundle(name, parse, shared_data):
-    meta = json.loads((ROOT / bundle(name) / "configs/metadata.json").read_text())
-    jsonschema.validate(meta, json.loads((shared_data / "meta_schema.json").read_text()))
-    assert meta["required_packages_version"] == meta["optional_packages_version"]
-    assert meta["version"] in meta["changelog"]
 
 
 @EVERY_BUNDLE
