@@ -39,8 +39,8 @@ LONG = (
 # more of what faster tests look at, too: see README.md, "Two commands"
 SLOW = (
     "test_the_smoke_preset",  # each of its commands is tested by itself
-    # bundles of the same template as hybridmim_btcv_seg
-    *(f"test_every_bundle_passes[hybridmim_{name}_seg]" for name in ("hippocampus", "liver", "spleen")),
+    # bundles of the same template as hybridmim_brats_seg
+    *(f"test_every_bundle_passes[hybridmim_{name}_seg]" for name in ("btcv", "hippocampus", "liver", "spleen")),
     "test_monais_client_loads_verifies_and_exports_it",
     "test_the_pre_training_bundle_runs_with_its_scripts",
     "test_the_three_commands_follow_each_other",

@@ -24,6 +24,8 @@ from tools.samples.sample_data import sample_data
 
 from .bundles import ROOT, bundle
 
+pytestmark = pytest.mark.slow  # what a client asks a bundle for is tested by `tools verify`, too
+
 REAL = ROOT.parent / "shared/data/Task04_Hippocampus"
 CASES = {"a": 12, "b": 8}  # at each site; of five folds, one validates
 TRAINING = {"a": 9, "b": 6}
