@@ -9,7 +9,7 @@ from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor, nn
 
-from tools.data.scans import EXTENSIONS
+from tools.data.scans import stem_of
 from tools.losses import expand_mask, scan_voxels
 from tools.results.figures import reconstruction_figure
 
@@ -70,7 +70,7 @@ class SaveReconstructionFigured(Transform):
         )
         error = (pred - image)[counted].square().mean()
         reconstruction_figure(
-            self.figure_dir / folder / f"{_stem(path.name)}_reconstruction.png",
+            self.figure_dir / folder / f"{stem_of(path)}_reconstruction.png",
             image,
             masked,
             pred,
@@ -79,9 +79,3 @@ class SaveReconstructionFigured(Transform):
             spacing=tuple(data["spacing"].tolist()),
         )
         return dict(data)
-
-
-def _stem(name: str) -> str:
-    """The file's name without the ending of its format."""
-    endings = [ending for ending in EXTENSIONS if name.lower().endswith(ending)]
-    return name[: -len(max(endings, key=len))] if endings else name
