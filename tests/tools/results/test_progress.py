@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from image_files import write_nifti
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, LoadImaged
 
+from image_files import write_nifti
 from tools.results.progress import CaseProgress
 
 

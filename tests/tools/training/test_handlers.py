@@ -158,7 +158,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
 def test_the_last_epoch_is_always_saved_and_once(tmp_path, interval, expected):
     trainer, _ = engines(epochs=5)
     network = torch.nn.Linear(1, 1)
-    SaveCheckpoints(str(tmp_path), {"model": network, "trainer": trainer}, save_interval=interval, n_saved=5).attach(trainer)
+    SaveCheckpoints(str(tmp_path), {"model": network, "trainer": trainer}, save_interval=interval, n_saved=5).attach(
+        trainer
+    )
     trainer.run()
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint_epoch={epoch}.pt" for epoch in expected}
 
