@@ -20,10 +20,10 @@ def require_reconstruction(network: nn.Module) -> None:
     """Refuse, before scans are read, a network that has nothing to show.
 
     Raises:
-        TypeError: it makes no image.
+        ValueError: it makes no image.
     """
     if isinstance(network, SimCLR):
-        raise TypeError(
+        raise ValueError(
             "config_file: found simclr.yaml, whose network makes no image, expected the overlays of a method that "
             "does (HybridMIM needs none; mae.yaml, simmim.yaml). SimCLR is measured by `run evaluating` with train.yaml"
         )
