@@ -7,6 +7,7 @@ import sys
 import fire
 
 from tools.check import check
+from tools.commands.bundles import bundles
 from tools.comparison import compare
 from tools.datalist import brats, btcv, msd, pretrain
 from tools.figures import curves_figure
@@ -18,6 +19,7 @@ from tools.transfer import inspect
 from tools.verify import verify
 
 COMMANDS = {
+    "bundles": bundles,
     "check": check,
     "compare": compare,
     "datalist": {"pretrain": pretrain, "btcv": btcv, "brats": brats, "msd": msd},

@@ -93,8 +93,8 @@ def stage(folder: Path, parent: Path, variant: str | None = None, weights: str |
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not path.name.startswith("."):
                 _copy(path, staged / path.relative_to(folder))
-    for path in sorted(TOOLS.glob("*.py")):
-        _copy(path, staged / "tools" / path.name)
+    for path in sorted(TOOLS.rglob("*.py")):
+        _copy(path, staged / "tools" / path.relative_to(TOOLS))
     if weights is not None:
         _copy(Path(weights), staged / WEIGHTS)
     if variant is not None:
