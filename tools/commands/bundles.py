@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from tools.verify import BUNDLES
 TEMPLATE = Path(__file__).with_name("bundle_template")
 FACTS = Path(__file__).with_name("bundle_facts")
 PARTS = "parts/"  # of the template: text that several files include
-AXES = ("left–right", "posterior–anterior", "inferior–superior")
+AXES = ("left-right", "posterior-anterior", "inferior-superior")  # of a volume in RAS orientation
 COMMENT = re.compile(r"(.*\S) +(?=# )")
 COLUMN = re.compile(r"^(.*)\0(\d+)\0", re.MULTILINE)  # text, and where the comment behind it is to start
 
@@ -32,7 +33,7 @@ def bundles(output: str | Path = BUNDLES) -> None:
         output: folder that the bundles are written to.
 
     Raises:
-        ValueError: a fact is missing.
+        ValueError: a fact is missing or wrong.
         FileNotFoundError: the facts are not there: a released bundle does not hold them.
     """
     files = sorted(FACTS.glob("*.yaml"))
@@ -50,7 +51,7 @@ def bundle_files(facts: Path) -> dict[str, str]:
     """What the template makes of the facts of one bundle: the text of each file, by its path in the bundle.
 
     Raises:
-        ValueError: a fact is missing.
+        ValueError: a fact is missing or wrong.
     """
     template, known = _template(), yaml.safe_load(facts.read_text(encoding="utf-8"))
     written = {}
@@ -62,8 +63,8 @@ def bundle_files(facts: Path) -> dict[str, str]:
                 written[name] = COLUMN.sub(lambda line: f"{line[1]:<{int(line[2]) - 1}} ", text)
     except KeyError as error:
         raise ValueError(f"{facts}: {error} is missing") from error
-    except UndefinedError as error:
-        raise ValueError(f"{facts}: {error} ({name} of the template needs it)") from error
+    except (UndefinedError, ValueError) as error:
+        raise ValueError(f"{facts}: {error}") from error
     return written
 
 
@@ -98,6 +99,8 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
             (name, f"{notes[name]}, label{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}")
             for name, values in classes.items()
         ]
+    if unknown := facts["no_flips"].keys() - set(AXES):
+        raise ValueError(f"no_flips names {sorted(unknown)}, expected of {list(AXES)}")
     return {
         "labels": labels,
         "label_text": ", ".join(f"{value} {name}" for value, name in labels.items()),
@@ -105,9 +108,8 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
         "out_channels": len(classes) + softmax,
         "flips": [0 if axis in facts["no_flips"] else facts["flip_probability"] for axis in AXES],
         "spacing_text": _spacing_text(spacing) if spacing else facts["own_spacing"],
-        "swin_roi_size": [
-            max(64, -(-side // 32) * 32) for side in facts["roi_size"]
-        ],  # SwinUNETR takes multiples of 32, from 64
+        # SwinUNETR takes multiples of 32 voxels, from 64
+        "swin_roi_size": [max(64, math.ceil(side / 32) * 32) for side in facts["roi_size"]],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,24 @@ import yaml
 from tools.commands.bundles import FACTS, TEMPLATE, bundle_files, bundles
 
 ROOT = Path(__file__).resolve().parents[3]
+RUNS = {"models", "eval"}  # folders of a bundle that runs write to
 EVERY_BUNDLE = pytest.mark.parametrize("facts", sorted(FACTS.glob("*.yaml")), ids=lambda path: path.stem)
 
 
-def committed(folder: Path) -> dict[str, bytes]:
-    """The files of a bundle that Git keeps, or would: not what runs left there."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=folder, capture_output=True, text=True, check=True).stdout.split("\0")
-    return {name: (folder / name).read_bytes() for name in names if name}
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a bundle, by their path in it; what runs leave there is none of it."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path.read_bytes() for name, path in paths.items() if name.parts[0] not in RUNS}
 
 
 def test_the_bundles_are_up_to_date(tmp_path):
-    """Edit the template or the facts, then run `python -m tools bundles`."""
+    """If this fails: edit the template or the facts, not the bundles, and run `python -m tools bundles`."""
     bundles(tmp_path)
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {path.name for path in ROOT.glob("bundles/*_seg")}
-    for name in sorted(written):
-        files = {path.relative_to(tmp_path / name): path for path in (tmp_path / name).rglob("*") if path.is_file()}
-        expected = {path.as_posix(): file.read_bytes() for path, file in files.items()}
-        found = committed(ROOT / "bundles" / name)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in ROOT.glob("bundles/*_seg")}
+    for written in sorted(tmp_path.iterdir()):
+        expected, found = contents(written), contents(ROOT / "bundles" / written.name)
         assert sorted(found) == sorted(expected)
-        assert [path for path in found if found[path] != expected[path]] == [], name
+        assert [name for name in expected if found[name] != expected[name]] == [], written.name
 
 
 @EVERY_BUNDLE
@@ -61,6 +57,14 @@ def test_a_missing_fact_is_named(tmp_path, fact):
     file = tmp_path / "kidney.yaml"
     file.write_text(yaml.safe_dump(facts), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"kidney.yaml.*'{fact}'"):
+        bundle_files(file)
+
+
+def test_an_axis_that_does_not_exist_is_named(tmp_path):
+    facts = yaml.safe_load((FACTS / "btcv.yaml").read_text(encoding="utf-8"))
+    file = tmp_path / "kidney.yaml"
+    file.write_text(yaml.safe_dump({**facts, "no_flips": {"left": "kidneys have a side"}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"kidney.yaml.*'left'.*left-right"):
         bundle_files(file)
 
 
