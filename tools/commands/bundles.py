@@ -22,6 +22,11 @@ TEMPLATE = Path(__file__).with_name("bundle_template")
 FACTS = Path(__file__).with_name("bundle_facts")
 PARTS = "parts/"  # of the template: text that several files include
 AXES = ("left-right", "posterior-anterior", "inferior-superior")  # of a volume in RAS orientation
+CHOICES = {  # words that the template's conditions know
+    "intensity": ("hu_window", "percentiles", "z_score"),
+    "activation": ("softmax", "sigmoid"),
+    "empty": ("skip", "brats"),
+}
 COMMENT = re.compile(r"(.*\S) +(?=# )")
 COLUMN = re.compile(r"^(.*)\0(\d+)\0", re.MULTILINE)  # text, and where the comment behind it is to start
 
@@ -89,6 +94,9 @@ def _template() -> Environment:
 
 def _derived(facts: dict[str, Any]) -> dict[str, Any]:
     """What follows from other facts, so that no two places can disagree."""
+    for key, choices in CHOICES.items():
+        if facts[key] not in choices:
+            raise ValueError(f"{key} is {facts[key]!r}, expected one of {list(choices)}")
     classes, notes, spacing = facts["classes"], facts["class_notes"], facts["spacing"]
     softmax = facts["activation"] == "softmax"
     labels = facts.get("label_names") or {values[0]: name.replace("_", " ") for name, values in classes.items()}

@@ -60,11 +60,16 @@ def test_a_missing_fact_is_named(tmp_path, fact):
         bundle_files(file)
 
 
-def test_an_axis_that_does_not_exist_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "wrong, expected",
+    [({"no_flips": {"left": "kidneys have a side"}}, "'left'.*left-right"), ({"intensity": "hu"}, "'hu'.*hu_window")],
+    ids=["axis", "intensity"],
+)
+def test_a_word_that_the_template_does_not_know_is_named(tmp_path, wrong, expected):
     facts = yaml.safe_load((FACTS / "btcv.yaml").read_text(encoding="utf-8"))
     file = tmp_path / "kidney.yaml"
-    file.write_text(yaml.safe_dump({**facts, "no_flips": {"left": "kidneys have a side"}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"kidney.yaml.*'left'.*left-right"):
+    file.write_text(yaml.safe_dump({**facts, **wrong}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"kidney.yaml.*{expected}"):
         bundle_files(file)
 
 
