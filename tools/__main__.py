@@ -6,6 +6,7 @@ import sys
 
 import fire
 
+from tools.commands.bundles import bundles
 from tools.commands.check import check
 from tools.commands.compare import compare
 from tools.commands.datalist import brats, btcv, msd, pretrain
@@ -18,6 +19,7 @@ from tools.shipping.verify import verify
 from tools.weights.transfer import inspect
 
 COMMANDS = {
+    "bundles": bundles,
     "check": check,
     "compare": compare,
     "datalist": {"pretrain": pretrain, "btcv": btcv, "brats": brats, "msd": msd},

@@ -1,4 +1,4 @@
-"""The configs of the five bundles: the same where they can be, keys and metadata as their clients expect them."""
+"""The configs of the five bundles: what they mean; keys and metadata as their clients expect them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 
 from tools.data.classes import label_values, own_values
 
-from .bundles import CONFIGS, NAMES, ROOT, bundle, read
+from .bundles import NAMES, ROOT, bundle, read
 
 NETWORKS = {"swin_unetr": SwinUNETR, "unetr": UNETR}
 SIZES = (  # of the networks
@@ -20,26 +20,13 @@ SIZES = (  # of the networks
 )
 EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
 
-# what a data set decides; everything else is the same in all five bundles, word for word
-OWN_KEYS = {
-    "train": {
-        *("layout", "modalities", "in_channels", "classes", "fold", "activation", "network_def", "loss"),
-        *("epochs", "batch_size", "crops_per_volume", "cache", "learning_rate", "roi_size"),
-        *("spacing", "percentiles", "window", "foreground", "intensity"),
-        *("flip_probability", "noise"),
-    },
-    "inference": {
-        *("modalities", "in_channels", "classes", "activation", "network_def", "roi_size"),
-        *("spacing", "percentiles", "window", "foreground", "intensity"),
-    },
-    "evaluate": {"surface_tolerance", "empty"},
-    "small": {"spacing", "roi_size"},
-    "swin_unetr": {"roi_size", "network_def"},
-    "unetr": {"network_def"},
-    "multi_gpu_train": set(),
-    "flips": {"flip_axes"},
-    "torchscript": set(),
+# of an image on its way into the network, and of the network: training and inference agree on them
+OF_INFERENCE = {
+    *("modalities", "in_channels", "classes", "activation", "network_def", "roi_size", "stride", "device", *SIZES),
+    *("spacing", "percentiles", "window", "foreground", "intensity"),
 }
+# a class that is one side of a pair, by a word of its name, and the axis along which it must not be flipped
+SIDES = {"left": 0, "right": 0, "anterior": 1, "posterior": 1}
 
 # the contract with clients, documentation and other bundles: do not rename
 TRAIN_KEYS = {
@@ -55,18 +42,18 @@ INFERENCE_KEYS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
 @EVERY_BUNDLE
-def test_what_bundles_share_is_the_same_in_all(name, config):
-    own = OWN_KEYS[config]
-    reference, found = read("hippocampus", config), read(name, config)
-    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in reference.items() if k not in own}
-
-
-@EVERY_BUNDLE
-def test_logging_and_licence_are_the_same_in_all(name):
-    for file in ("configs/logging.conf", "LICENSE"):
-        assert (ROOT / bundle(name) / file).read_text() == (ROOT / bundle("hippocampus") / file).read_text()
+def test_no_flip_takes_a_class_to_the_other_side(name):
+    """Flipped along this axis, a left kidney would lie where right kidneys are, and still be called left."""
+    train = read(name, "train")
+    sided = {SIDES[word] for class_name in train["classes"] for word in class_name.split("_") if word in SIDES}
+    flipped_in_training = {axis for axis, probability in enumerate(train["flip_probability"]) if probability > 0}
+    assert not sided & flipped_in_training
+    assert not sided & set(read(name, "flips")["flip_axes"])
+    flips = [step for step in train["augment"] if step["_target_"] == "RandFlipd"]
+    assert [(step["spatial_axis"], step["prob"]) for step in flips] == [
+        (axis, f"$@flip_probability[{axis}]") for axis in range(3)
+    ]
 
 
 @EVERY_BUNDLE
@@ -91,7 +78,7 @@ def test_training_evaluation_and_inference_see_the_same_image(name, parse):
     assert for_image(read(name, "evaluate")["validate#preprocessing"]["transforms"]) == training
     assert for_image(read(name, "inference")["preprocessing"]["transforms"]) == training
     train, inference = read(name, "train"), read(name, "inference")
-    shared = (OWN_KEYS["inference"] | {"stride", "device", *SIZES}) & train.keys()
+    shared = OF_INFERENCE & train.keys()
     assert {k: inference.get(k) for k in shared} == {k: train[k] for k in shared}
 
 

@@ -153,9 +153,12 @@ def _entry(case: dict, root: Path) -> dict:
 
 
 def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) -> list[str]:
-    """Say which file is taken for which channel, and which classes no training case holds."""
+    """Say how many labels were checked, which file is taken for which channel, and which classes no case holds."""
+    labelled = [scan for scan in scans if scan.labels]
+    values = sorted({value for scan in labelled for value in scan.labels})
+    lines = [("labels", f"{len(labelled)} checked, values {', '.join(map(str, values)) or 'none'}")]
     first = found.items["training"][:1]
-    lines = [line for case in first for line in channel_lines(case, settings["modalities"])]
+    lines += [line for case in first for line in channel_lines(case, settings["modalities"])]
     trained = [scan for item, scan in zip(found.items["training"], scans, strict=False) if item in found.training]
     absent = absent_classes(trained, settings["classes"])
     if absent:

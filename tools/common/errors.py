@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from pathlib import Path
 from types import TracebackType
+
+SHOW_TRACEBACK = "HYBRIDMIM_TRACEBACK"  # environment variable: 1 prints the traceback of every error
+TOOLS = Path(__file__).resolve().parents[1]
 
 
 def explain_errors() -> None:
-    """End an uncaught error with its cause: config parsers wrap it in messages that name only the component."""
+    """Make an uncaught error end with one line that says its cause.
 
-    def explain(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        sys.__excepthook__(kind, error, traceback)
-        error = root_cause(error)
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+    Config parsers wrap the cause in errors that name only a component. Of an error that this project raised on
+    purpose (what it was given is wrong), that line is all there is; of any other, the traceback comes first.
+    """
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = root_cause(error)
+        if os.environ.get(SHOW_TRACEBACK) == "1" or not is_named(cause):
+            sys.__excepthook__(kind, error, trace)
+        print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
 
     sys.excepthook = explain
 
@@ -22,3 +33,12 @@ def root_cause(error: BaseException) -> BaseException:
     while type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def is_named(error: BaseException) -> bool:
+    """Whether this project raised the error itself, with a message that says all: in `tools`, or a bundle's scripts."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not isinstance(error, ValueError | OSError | FloatingPointError):
+        return False
+    raised_in = Path(frames[-1].filename).resolve()
+    return raised_in.is_relative_to(TOOLS) or raised_in.parent.name == "scripts"

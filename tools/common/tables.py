@@ -34,8 +34,15 @@ def report_metrics(metrics: Mapping[str, float], path: str | Path) -> None:
     )
 
 
+def print_written(*paths: str | Path) -> None:
+    """Print where a run has left its results: those of the paths that exist (rank 0 only)."""
+    found = [str(path) for path in paths if Path(path).exists()]
+    if idist.get_rank() == 0 and found:
+        print("written:", *found, sep="\n  ", flush=True)
+
+
 def print_table(lines: Sequence[tuple[str, str]]) -> None:
-    """Print the start table (rank 0 only)."""
+    """Print rows of a name and a text, the names aligned (rank 0 only)."""
     if idist.get_rank() == 0:
         width = max(len(name) for name, _ in lines)
         print("\n".join(f"  {name:<{width}}  {text}" for name, text in lines), flush=True)

@@ -397,6 +397,7 @@ def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
             _curve(axes, values["epoch"], values[reference], name, REFERENCE, linestyle="--", marker="")
         axes.legend(fontsize=8)
     _save(figure, path)
+    print(f"{panels} curves of {len(rows)} epochs written to {path}")
 
 
 def _panel(axes: Axes, title: str, unit: str) -> Axes:

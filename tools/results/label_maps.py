@@ -1,19 +1,12 @@
-"""Label maps: from a network's output to class masks, to a label map in the file's geometry, and to a picture.
-
-Images carry one integer label map all the way. A class is the list of label values that make it up, so exclusive
-organs (`{spleen: [1], liver: [6]}`) and nested tumour regions (`{TC: [1, 4], WT: [1, 2, 4], ET: [4]}`) are one case.
-"""
+"""From a network's output to masks of the classes, and to a label map in the geometry of the file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInfererAdapt
 from monai.transforms import Invertd, Transform
@@ -21,7 +14,6 @@ from torch import Tensor
 
 from tools.data.classes import Classes, label_map, own_values, require_activation
 from tools.losses import class_masks
-from tools.results.figures import segmentation_figure
 
 
 class ToMasksd(Transform):
@@ -124,57 +116,3 @@ class FlippedInferer(SlidingWindowInfererAdapt):
             return sum(network(window.flip(dims)).flip(dims) for dims in self.flips) / len(self.flips)
 
         return super().__call__(inputs, mean_over_flips, *args, **kwargs)
-
-
-class ClassDice:
-    """Adds `dice_<class>` to the validator's metrics: its mean over the cases that hold the class.
-
-    Args:
-        names: of the classes, in the order of `mean_dice`'s channels.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the validator, whose key metric is MONAI's `MeanDice` with the name `mean_dice`.
-
-        Before handlers that log metrics, which they do at the same event.
-        """
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, validator: Engine) -> None:
-        """Add them; not a number for a class that no case holds."""
-        dice = validator.state.metric_details["mean_dice"]  # [cases, K]
-        means = dice.double().nanmean(0).tolist()
-        validator.state.metrics.update({f"dice_{name}": mean for name, mean in zip(self.names, means, strict=True)})
-
-
-class SegmentationFigure:
-    """Draws the first validation case after every validation: image, label, prediction in three planes.
-
-    Args:
-        figure_dir: folder of the pictures, one PNG for each validation.
-        names: of the classes.
-    """
-
-    def __init__(self, figure_dir: str | Path, names: Sequence[str]) -> None:
-        self.figure_dir = Path(figure_dir)
-        self.names = list(names)
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the validator, whose output is a list of `image`, `label` and `pred` (masks of the classes)."""
-        if idist.get_rank() == 0:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
-
-    def __call__(self, validator: Engine) -> None:
-        """Draw the first case of this batch (its first channel)."""
-        output, item = validator.state.output[0], validator.state.batch[0]
-        segmentation_figure(
-            self.figure_dir / f"segmentation_epoch={validator.state.epoch:04d}.png",
-            output["image"][0].cpu(),
-            {"label": output["label"], "prediction": output["pred"]},
-            names=self.names,
-            title=f"{Path(item['file']).name}, epoch {validator.state.epoch}",
-            spacing=tuple(item["spacing"].tolist()),
-        )

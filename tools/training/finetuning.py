@@ -140,7 +140,7 @@ def start_finetuning(
         [
             *scan_lines(scans[: len(training)], scans[len(training) :], []),
             *channel_lines(training[0], modalities),
-            ("labels", f"{label_fraction:g} of the training cases; {class_text(classes)}"),
+            ("labels", f"{_share_text(label_fraction)}; {class_text(classes)}"),
             *_warnings(scans[: len(training)], classes),
             ("crops", f"{size_text(roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
             (
@@ -155,6 +155,10 @@ def start_finetuning(
             *([("weights", f"resumed from {resumed}")] if resumed else transfer.report.lines()),
         ]
     )
+
+
+def _share_text(fraction: float) -> str:
+    return "all training cases" if fraction == 1 else f"{fraction:g} of the training cases"
 
 
 def _warnings(scans: Sequence[Scan], classes: Classes) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, set_rnd
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
+from monai.handlers import CheckpointSaver
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -245,6 +246,26 @@ class BestWeights:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from there."""
         self.best = state["best"]
+
+
+class SaveCheckpoints(CheckpointSaver):
+    """MONAI's `CheckpointSaver` every so many epochs, which also saves after the last one.
+
+    Args:
+        save_dir: folder to write to.
+        save_dict: name → object with a state.
+        save_interval: epochs.
+        n_saved: how many checkpoints are kept.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        super().attach(engine)
+
+        def last_and_not_due(trainer: Engine, epoch: int) -> bool:
+            return epoch == trainer.state.max_epochs and epoch % self.save_interval != 0
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=last_and_not_due), self.interval_completed)
 
 
 class GradientClipping:

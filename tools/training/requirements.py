@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
@@ -10,6 +9,7 @@ from math import ceil, prod
 from pathlib import Path
 
 import ignite.distributed as idist
+import psutil
 import torch
 from torch import nn
 
@@ -42,7 +42,7 @@ def require_cache_room(
         what = f"cache_dir {folder}: the disk has"
     elif cache == "memory":
         need *= idist.get_nproc_per_node()  # each process keeps all scans
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = psutil.virtual_memory().total
         what = "cache: memory: this machine has"
     elif cache in CACHES:
         return 0

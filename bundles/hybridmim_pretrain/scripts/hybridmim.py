@@ -144,7 +144,7 @@ class PretrainStep(nn.Module):
         return tuple(slice(s, s + d) for s, d in zip(start, g.decode_size, strict=True))
 
     def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
-        """What it does, for the start table."""
+        """Rows of the start table that describe this step."""
         g = self.geometry
         return [
             (

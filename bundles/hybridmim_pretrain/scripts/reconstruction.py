@@ -9,7 +9,7 @@ from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor, nn
 
-from tools.data.scans import EXTENSIONS
+from tools.data.scans import stem_of
 from tools.losses import expand_mask, scan_voxels
 from tools.results.figures import reconstruction_figure
 
@@ -20,10 +20,10 @@ def require_reconstruction(network: nn.Module) -> None:
     """Refuse, before scans are read, a network that has nothing to show.
 
     Raises:
-        TypeError: it makes no image.
+        ValueError: it makes no image.
     """
     if isinstance(network, SimCLR):
-        raise TypeError(
+        raise ValueError(
             "config_file: found simclr.yaml, whose network makes no image, expected the overlays of a method that "
             "does (HybridMIM needs none; mae.yaml, simmim.yaml). SimCLR is measured by `run evaluating` with train.yaml"
         )
@@ -70,7 +70,7 @@ class SaveReconstructionFigured(Transform):
         )
         error = (pred - image)[counted].square().mean()
         reconstruction_figure(
-            self.figure_dir / folder / f"{_stem(path.name)}_reconstruction.png",
+            self.figure_dir / folder / f"{stem_of(path)}_reconstruction.png",
             image,
             masked,
             pred,
@@ -79,9 +79,3 @@ class SaveReconstructionFigured(Transform):
             spacing=tuple(data["spacing"].tolist()),
         )
         return dict(data)
-
-
-def _stem(name: str) -> str:
-    """The file's name without the ending of its format."""
-    endings = [ending for ending in EXTENSIONS if name.lower().endswith(ending)]
-    return name[: -len(max(endings, key=len))] if endings else name

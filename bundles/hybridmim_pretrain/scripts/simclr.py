@@ -67,5 +67,5 @@ class SimCLRStep(nn.Module):
         return Prediction(views=tuple(gather(view) for view in views) if self.training else views)
 
     def lines(self, mask: object) -> list[tuple[str, str]]:
-        """What it does, for the start table."""
+        """Rows of the start table that describe this step."""
         return [("views", "two crops of each scan, each augmented; nothing is masked")]

@@ -34,5 +34,5 @@ class ReconstructionStep(nn.Module):
         return Prediction(reconstruction=self.network_def(image, mask), box=whole(image.shape[2:]))
 
     def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
-        """What it does, for the start table."""
+        """Rows of the start table that describe this step."""
         return [("masking", mask.describe())]

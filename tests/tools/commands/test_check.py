@@ -169,8 +169,9 @@ def fails(capsys, *arguments, **options):
 def test_a_bundle_whose_cases_are_all_good(cases, tmp_path, capsys):
     check(str(cases), bundle=bundle(tmp_path), workers=0)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["scans", "shape", "spacing", "intensity"]
+    assert [line.split()[0] for line in lines] == ["scans", "shape", "spacing", "intensity", "labels"]
     assert lines[0] == "scans      3 readable, 0 unreadable"
+    assert lines[-1].startswith("labels     3 checked, values 0, 1")
 
 
 def test_a_bundle_tells_problems_of_pairs_images_and_labels_at_once(cases, tmp_path, capsys):

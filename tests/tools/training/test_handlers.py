@@ -20,6 +20,7 @@ from tools.training.handlers import (
     GradientClipping,
     MetricsCSV,
     ProgressBar,
+    SaveCheckpoints,
     SeedEpochs,
     StopOnBadLoss,
     ValidateEpochs,
@@ -151,6 +152,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
         trainer.run()
     for part in (f"loss {value}", "step 1 (epoch 1)", "loss_pr 0.25", "/scans/a.nii.gz", "checkpoint_epoch=10.pt"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(2, {2, 4, 5}), (5, {5}), (9, {5})])
+def test_the_last_epoch_is_always_saved_and_once(tmp_path, interval, expected):
+    trainer, _ = engines(epochs=5)
+    network = torch.nn.Linear(1, 1)
+    SaveCheckpoints(str(tmp_path), {"model": network, "trainer": trainer}, save_interval=interval, n_saved=5).attach(
+        trainer
+    )
+    trainer.run()
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint_epoch={epoch}.pt" for epoch in expected}
 
 
 def test_newest_checkpoint_counts_epochs(tmp_path):
