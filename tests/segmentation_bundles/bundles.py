@@ -10,7 +10,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("btcv", "brats", "liver", "spleen", "hippocampus")
-CONFIGS = ("train", "swin_unetr", "unetr", "small", "multi_gpu_train", "evaluate", "inference", "flips", "torchscript")
 
 # every class is still there at these spacings
 SPACING = {"btcv": [5, 5, 5], "liver": [5, 5, 5], "spleen": [5, 5, 5], "brats": [4, 4, 4], "hippocampus": None}
