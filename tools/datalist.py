@@ -16,7 +16,7 @@ from typing import Any
 
 from tools.cases import Case, find_cases, label_subset, split_by_layout
 from tools.files import atomic_path
-from tools.inspection import raw_file
+from tools.reading import raw_file
 from tools.sample_anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
 from tools.scans import ScanError, contents_text, files_of, load_datalist, paths_of
 

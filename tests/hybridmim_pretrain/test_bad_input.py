@@ -95,10 +95,10 @@ def channels(path):
 
 
 BAD = {
-    "truncated": (truncated, r"is truncated: found \d+ bytes of data, expected 250000"),
-    "cut off": (cut_off, r"is truncated: found 50000 bytes, but its compressed data go on"),
+    "truncated": (truncated, r"cannot be read: Expected 250000 bytes, got \d+ bytes"),
+    "cut off": (cut_off, r"cannot be read: Compressed file ended .*found 50000 bytes"),
     "empty": (lambda path: path.write_bytes(b""), r"is empty: found 0 bytes, expected an image"),
-    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"is not an image: found 500 bytes that begin with"),
+    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"cannot be read: .*found 500 bytes that begin with"),
     "2D": (
         lambda path: save_nifti(path, hounsfield(0, (50, 50, 1))),
         r"is 2D: found a single slice \(shape 50x50x1\), expected a volume",

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from image_files import SHAPE, SHARED, SPACING, cut, item, volume, write_any, write_dicom, write_itk, write_nifti
-from tools import inspection
+from tools import inspection, reading
 from tools.cases import find_cases
-from tools.inspection import inspect_scan, inspect_scans, raw_file
+from tools.inspection import inspect_scan, inspect_scans
+from tools.reading import raw_file
 from tools.scans import ScanError, find_scans, read_datalist
 from tools.start import require_usable
 
@@ -136,28 +137,31 @@ BAD = {
     "missing.nii": (lambda p: None, r"does not exist"),
     "empty.nii.gz": (lambda p: p.touch(), r"is empty: found 0 bytes"),
     "empty.mha": (lambda p: p.touch(), r"is empty: found 0 bytes"),
-    "cut.nii": (lambda p: cut(write_nifti(p)), r"is truncated: found \d+ bytes of data, expected 3360"),
-    "cut.nii.gz": (lambda p: cut(write_nifti(p)), r"is truncated: found \d+ bytes"),
-    "cut.mha": (lambda p: cut(write_itk(p)), r"is truncated: found \d+ bytes of data, expected 3360"),
-    "cut_a_byte.mha": (lambda p: cut(write_itk(p), 0.9998), r"is truncated: found 3359 bytes .*3360"),
-    "cut_z.mha": (
-        lambda p: cut(write_itk(p, compression=True)),
-        r"is truncated: found \d+ bytes of data, exp",
+    "cut.nii": (lambda p: cut(write_nifti(p)), r"cannot be read: Expected 3360 bytes, got 1504 bytes"),
+    "cut.nii.gz": (
+        lambda p: cut(write_nifti(p)),
+        r"cannot be read: Compressed file ended .*found \d+ bytes",
     ),
+    "cut.mha": (lambda p: cut(write_itk(p)), r"cannot be read: .*ideal = 3360 : actual = \d+"),
+    "cut_a_byte.mha": (lambda p: cut(write_itk(p), 0.9998), r"cannot be read: .*ideal = 3360 : actual = 3359"),
+    "cut_z.mha": (lambda p: cut(write_itk(p, compression=True)), r"cannot be read: .*ideal = \d+ : actual"),
     "damaged.mha": (damage_compressed, r"is damaged: ITK could not decompress"),
-    "cut.nrrd": (lambda p: cut(write_itk(p)), r"is truncated: found \d+ bytes of data, expected 3360"),
-    "cut_z.nrrd": (lambda p: cut(write_itk(p, compression=True)), r"is truncated: found \d+ bytes .*3360"),
-    "short.mhd": (lambda p: headless_mhd(p, cut), r"is truncated: found 1680 bytes of data, expected 3360"),
+    "cut.nrrd": (lambda p: cut(write_itk(p)), r"cannot be read: .*got only \d+ 2-sized things, not 1680"),
+    "cut_z.nrrd": (lambda p: cut(write_itk(p, compression=True)), r"cannot be read: .*expected 3360 bytes"),
+    "short.mhd": (lambda p: headless_mhd(p, cut), r"cannot be read: .*ideal = 3360 : actual = 1680"),
     "no_raw.mhd": (lambda p: headless_mhd(p, Path.unlink), r"its data file no_raw\.raw does not exist"),
-    "empty_raw.mhd": (
-        lambda p: headless_mhd(p, lambda raw: raw.write_bytes(b"")),
-        r"0 bytes in its data file",
+    "empty_raw.mhd": (lambda p: headless_mhd(p, lambda raw: raw.write_bytes(b"")), r"0 bytes in its data file"),
+    "text.nii": (
+        lambda p: p.write_text("version https://git-lfs" * 30),
+        r"cannot be read: .*begin with 'version https",
     ),
-    "text.nii": (lambda p: p.write_text("version https://git-lfs" * 30), r"is not an image: .*version https"),
-    "text.nii.gz": (lambda p: p.write_text("<html>" * 99), r"is not an image: found 594 bytes .*<html>"),
-    "text.mha": (lambda p: p.write_text("hello" * 99), r"is not an image: .*hello"),
-    "text.mhd": (lambda p: p.write_text("hello" * 99), r"is not an image: .*hello"),
-    "text.nrrd": (lambda p: p.write_text("hello" * 99), r"is not an image: .*hello"),
+    "text.nii.gz": (
+        lambda p: p.write_text("<html>" * 99),
+        r"cannot be read: .*found 594 bytes that begin with '<ht",
+    ),
+    "text.mha": (lambda p: p.write_text("hello" * 99), r"cannot be read: .*found 495 bytes that begin with 'hello"),
+    "text.mhd": (lambda p: p.write_text("hello" * 99), r"cannot be read: .*found 495 bytes that begin with 'hello"),
+    "text.nrrd": (lambda p: p.write_text("hello" * 99), r"cannot be read: .*found 495 bytes that begin with 'hello"),
     "flat.nii.gz": (lambda p: write_nifti(p, volume()[..., 0]), r"is 2D: found the shape 10x12"),
     "flat.mha": (lambda p: write_itk(p, volume()[..., 0]), r"is 2D: found the shape 10x12"),
     "slice.nii.gz": (lambda p: write_nifti(p, volume()[..., :1]), r"is 2D: found a single slice .*10x12x1"),
@@ -167,10 +171,7 @@ BAD = {
     ),
     "5d.nii.gz": (lambda p: write_nifti(p, np.zeros((4, 4, 4, 2, 3), np.int16)), r"is 5D: .*4x4x4x2x3"),
     "nan.nii.gz": (with_nan, r"has 6 NaN or infinite values among 1680 voxels"),
-    "constant.nii.gz": (
-        lambda p: write_nifti(p, volume() * 0 + 7),
-        r"is constant: every voxel has the value 7",
-    ),
+    "constant.nii.gz": (lambda p: write_nifti(p, volume() * 0 + 7), r"is constant: every voxel has the value 7"),
     "half_constant.nii.gz": (one_channel_constant, r"is constant: channel 1 .* has the value 3"),
     "spacing_0.nii": (nifti_with_spacing_zero, r"degenerate affine matrix: .*expected three axes"),
     "affine_0.nii": (nifti_with_flat_affine, r"degenerate affine matrix: .*\[0\.0, 0\.0, 0\.0\]"),
@@ -217,10 +218,7 @@ BAD_DICOM = {
     "cut": (lambda f: dicom_without(f, 4, cut), r"is incomplete: found 4 slices .*expected 5 .*-4\.dcm"),
     "cut_header": (lambda f: dicom_without(f, 1, lambda p: cut(p, 0.2)), r"is incomplete: found 4 slices"),
     "empty_slice": (lambda f: dicom_without(f, 4, lambda p: p.write_bytes(b"")), r"is incomplete: .*-4\.dcm"),
-    "gap": (
-        lambda f: dicom_without(f, 2, Path.unlink),
-        r"uneven gaps between its 4 slices: found up to 2 mm",
-    ),
+    "gap": (lambda f: dicom_without(f, 2, Path.unlink), r"uneven gaps between its 4 slices: found up to 2 mm"),
     "two": (dicom_two_series, r"holds 2 DICOM series, expected 1"),
     "short": (lambda f: dicom_of(f, PixelData=bytes(700)), r"is truncated: found 700 bytes .*expected 960"),
     "spacing": (lambda f: dicom_of(f, PixelSpacing=[0, 0]), r"pixel spacing \[0\.0, 0\.0\] mm"),
@@ -244,12 +242,9 @@ def test_bad_series_gives_its_reason(tmp_path, name, capfd):
 @pytest.mark.parametrize(
     "second, reason",
     [
-        (
-            lambda p: write_nifti(p, volume(0, (10, 12, 13))),
-            r"have different shapes \(10x12x14 and 10x12x13\)",
-        ),
+        (lambda p: write_nifti(p, volume(0, (10, 12, 13))), r"have different shapes \(10x12x14 and 10x12x13\)"),
         (lambda p: write_nifti(p, affine=np.eye(4)), r"have different affine matrices"),
-        (lambda p: cut(write_nifti(p)), r"its channel file b\.nii is truncated"),
+        (lambda p: cut(write_nifti(p)), r"its channel file b\.nii cannot be read"),
         (lambda p: write_nifti(p, np.stack([volume()] * 2, -1)), r"its channel file b\.nii has 2 channels"),
         (lambda p: None, r"its channel file b\.nii does not exist"),
     ],
@@ -270,7 +265,7 @@ def test_says_how_many_channels_were_expected(tmp_path):
 def test_says_how_to_store_channels_that_itk_cannot_read():
     # In ITK's words rather than from a file, because ITK takes ten seconds to find them.
     error = TypeError("itk.Image is not wrapped for input type `itk.Vector[itk.SS,4], int`.")
-    assert "expected a file for each channel" in inspection._failure(Path("a.nrrd"), error, printed="")
+    assert "expected a file for each channel" in reading._failure(Path("a.nrrd"), error, printed="")
 
 
 def test_stderr_works_again_afterwards(tmp_path, capfd):
@@ -420,8 +415,8 @@ def test_without_label_values_any_whole_number_will_do(tmp_path):
     [
         (Path.unlink, r"does not exist"),
         (lambda p: p.write_bytes(b""), r"is empty: found 0 bytes"),
-        (lambda p: p.write_text("<html>" * 99), r"is not an image: found 594 bytes"),
-        (lambda p: cut(p, 0.9), r"is truncated: found \d+ bytes"),
+        (lambda p: p.write_text("<html>" * 99), r"cannot be read: .*found 594 bytes"),
+        (lambda p: cut(p, 0.9), r"cannot be read: Compressed file ended"),
     ],
 )
 def test_label_that_cannot_be_read(tmp_path, change, message, capfd):
@@ -451,8 +446,8 @@ def test_nothing_to_inspect():
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch reaches forked workers only")
 def test_a_crash_of_a_reader_is_put_down_to_its_scan(tmp_path, monkeypatch):
-    check_bytes = inspection._check_bytes
-    monkeypatch.setattr(inspection, "_check_bytes", lambda p: os._exit(1) if p.name == "1.nii" else check_bytes(p))
+    check_bytes = reading._check_bytes
+    monkeypatch.setattr(reading, "_check_bytes", lambda p: os._exit(1) if p.name == "1.nii" else check_bytes(p))
     items = [item(write_nifti(tmp_path / f"{n}.nii")) for n in range(4)]
     problems = [scan.problem for scan in inspect_scans(items, channels=1, workers=2)]
     assert problems[:1] + problems[2:] == [None] * 3
