@@ -17,7 +17,7 @@ from benchmarks.study import settings
 from benchmarks.study.findings import Findings
 from benchmarks.study.plan import Arm, chosen_rate, finetuning, grid, left_out, length, plan, pretraining, rows
 from benchmarks.study.report import write_report
-from benchmarks.study.runs import command, estimate, execute, folder_of, is_done, last_lines, only_study, start
+from benchmarks.study.runs import command, execute, folder_of, is_done, last_lines, only_study, start
 from benchmarks.study.settings import BUNDLES, METHODS, ROOT, open_study, read_preset, read_study
 from benchmarks.study.statistics import Estimate, first_reached, mean_difference
 from benchmarks.study.statistics import estimate as mean_of
@@ -523,30 +523,14 @@ def small_commands(tmp_path, monkeypatch):
     return how
 
 
-class Told:
-    """Keeps what an observer is told."""
-
-    def __init__(self):
-        self.lines = []
-
-    def started(self, run, resumed):
-        self.lines.append(("started", run.id))
-
-    def finished(self, run, seconds, why):
-        self.lines.append((why or "done", run.id))
-
-
 def execute_all(study):
-    told = Told()
     with only_study(study.output_dir) as lock:
-        failed = execute(study, lambda: plan(study, Findings(study).validation), lock, told)
-    return failed, told.lines
+        return [(news, run.id) for run, news in execute(study, lambda: plan(study, Findings(study).validation), lock)]
 
 
 def test_everything_is_run_once_and_not_again(begin, small_commands):
     study = begin("smoke", jobs=3)
-    failed, lines = execute_all(study)
-    assert failed == {}
+    lines = execute_all(study)
     planned = plan(study, Findings(study).validation)
     assert [run_id for word, run_id in lines if word == "started"] and len(lines) == 2 * len(planned)
     assert all(is_done(study, run) for run in planned)
@@ -558,7 +542,7 @@ def test_everything_is_run_once_and_not_again(begin, small_commands):
         else:
             ended.append(run_id)
         assert sum(w == "started" for w, _ in lines[: lines.index((word, run_id)) + 1]) - len(ended) <= 3
-    assert execute_all(study) == ({}, [])
+    assert execute_all(study) == []
     folder = folder_of(study, pretraining(study, HYBRIDMIM, 0).id)
     assert sorted(path.name for path in (folder / "models").iterdir()) == ["backbone.pt", "model.pt"]
     record = json.loads((folder / "done.json").read_text())
@@ -588,7 +572,7 @@ def test_a_failing_run_is_survived(begin, small_commands, capsys, monkeypatch):
     small_commands.clear()  # the disk has room again
     main.study(*options)
     printed = capsys.readouterr().out
-    assert printed.count("started") == 2 + 4 and "all are done" in printed
+    assert printed.count("started") == 2 + 4 and "runs are done" in printed
     main.study(*options)
     assert "started" not in capsys.readouterr().out
 
@@ -605,8 +589,8 @@ def test_ctrl_c_ends_the_runs_and_the_study_continues(begin, small_commands):
     small_commands.clear()
     with only_study(study.output_dir):  # no child holds the folder any more
         pass
-    failed, lines = execute_all(study)
-    assert failed == {} and ("done", first[0]) in lines
+    lines = execute_all(study)
+    assert {news for news, _ in lines} == {"started", "done"} and ("done", first[0]) in lines
 
 
 def test_two_studies_never_share_a_folder(begin):
@@ -660,21 +644,6 @@ def test_cores_are_shared_out(begin, monkeypatch):
     with only_study(study.output_dir) as lock:
         start(study, run, lock).process.wait()
     assert last_lines(folder_of(study, run.id) / "log.txt") == "threads 4"
-
-
-def test_the_time_is_that_of_runs_of_the_same_kind(begin, end):
-    study = begin(tables=[1])
-    planned = plan(study, unknown)
-    assert set(estimate(study, planned).values()) == {None}
-    first, second = grid(study, SCRATCH, 0.05)
-    end(study, first, 0.5)  # 10 s, and 0.5 s for each of 160 steps
-    seconds = estimate(study, planned)
-    assert seconds[second.id] == pytest.approx(90)
-    long = finetuning(study, SCRATCH, 1.0, 1, None)
-    assert seconds[long.id] == pytest.approx(90 / 160 * 228)
-    other = grid(study, Arm("UNETR", "mae"), 0.05)[0]
-    assert seconds[other.id] == pytest.approx(90)  # until one of its own kind has ended
-    assert seconds[pretraining(study, HYBRIDMIM, 0).id] is None
 
 
 def test_commands_are_those_of_the_bundles(begin):
