@@ -165,13 +165,6 @@ def fails(capsys, *arguments, **options):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_bundle_whose_cases_are_all_good(cases, tmp_path, capsys):
-    check(str(cases), bundle=bundle(tmp_path), workers=0)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["scans", "shape", "spacing", "intensity"]
-    assert lines[0] == "scans      3 readable, 0 unreadable"
-
-
 def test_a_bundle_tells_problems_of_pairs_images_and_labels_at_once(cases, tmp_path, capsys):
     (cases / "imagesTr/d.nii.gz").write_bytes(b"")
     (cases / "labelsTr/e.nii.gz").write_bytes(b"")
