@@ -294,7 +294,7 @@ class CaseMetrics:
 
 
 def case_names(paths: Sequence[tuple[str, str]]) -> list[str]:
-    """Short names of cases that tell them apart.
+    """Short names of cases, each another one.
 
     The first of these that is there and differs for all: what the names of image and label file begin with
     (`BraTS20_001` of `BraTS20_001_t1.nii.gz` and `BraTS20_001_seg.nii.gz`), the image's name without extension, the

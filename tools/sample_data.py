@@ -125,8 +125,8 @@ def _tagged(scan: Path) -> tuple[str, int] | tuple[str, str]:
 def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:
     """Raise ValueError where the folder is a file or holds a data set other than this kind with this seed.
 
-    A folder without dataset.json may be that of a kind that has none, or of a run that did not end: there each
-    scan speaks for itself.
+    A folder without dataset.json may be that of a kind that has none, or of a run that did not end: there the
+    header of each scan counts.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got {str(folder)!r}, which is a file, expected a folder")

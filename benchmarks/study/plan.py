@@ -1,8 +1,8 @@
 """Which runs a study is made of.
 
 A table has rows, a row is about an *arm*: a network, a pre-training method and what differs from its usual settings.
-An arm is pre-trained with each seed, fine-tuned at label fractions with each seed, and tested. Arms are told apart by
-what they do, not by the table that asks for them, so what several tables share is run once.
+An arm is pre-trained with each seed, fine-tuned at label fractions with each seed, and tested. The same
+settings are the same arm, whichever table asks for them, so what several tables share is run once.
 """
 
 from __future__ import annotations

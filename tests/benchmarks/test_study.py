@@ -335,12 +335,8 @@ def test_results_are_a_row_for_each_test_and_class(begin, end_all):
         if (row["method"], row["label_fraction"], row["seed"], row["class"]) == ("hybridmim", "0.25", "1", "mean")
     ]
     assert float(row["dice"]) == pytest.approx(0.853)
-    assert (row["learning_rate"], row["labelled_cases"], row["steps"], row["seconds"]) == (
-        "0.01",
-        "38",
-        "152",
-        "86.0",
-    )
+    keys = ("learning_rate", "labelled_cases", "steps", "seconds")
+    assert [row[key] for key in keys] == ["0.01", "38", "152", "86.0"]
     assert float(row["pretraining_seconds"]) == 0.5 * 20 * 38
     assert (study.output_dir / row["validation_curve"]).is_file()
     assert float(row["best_validation_dice"]) == pytest.approx(0.853)
@@ -603,8 +599,8 @@ def test_two_studies_never_share_a_folder(begin):
         pass
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_an_interrupted_run_is_resumed_from_its_checkpoint(begin, small_commands, same):
+@pytest.mark.parametrize("interrupted", ["with a checkpoint", "with other options", "before the first checkpoint"])
+def test_an_interrupted_run_is_resumed_from_its_checkpoint_or_begins_afresh(begin, small_commands, interrupted):
     study = begin()
     run = pretraining(study, HYBRIDMIM, 0)
     models = folder_of(study, run.id) / "models"
@@ -612,27 +608,17 @@ def test_an_interrupted_run_is_resumed_from_its_checkpoint(begin, small_commands
     with only_study(study.output_dir) as lock:
         start(study, run, lock).process.wait()
         models.mkdir(exist_ok=True)
-        with zipfile.ZipFile(models / "checkpoint_epoch=2.pt", "w") as file:
-            file.writestr("data", "")
-        if not same:  # with other options it would be another run
+        (models.parent / "metrics.csv").write_text("left behind")
+        if interrupted != "before the first checkpoint":
+            with zipfile.ZipFile(models / "checkpoint_epoch=2.pt", "w") as file:
+                file.writestr("data", "")
+        if interrupted == "with other options":  # it would be another run
             small_commands[run.id] = "idle again"
         child = start(study, run, lock)
         child.process.wait()
-    assert child.resumed == same
-    assert ("--resume=true" in child.process.args) == same
-    assert (models / "checkpoint_epoch=2.pt").exists() == same
-
-
-def test_a_run_without_a_checkpoint_begins_afresh(begin, small_commands):
-    study = begin()
-    run = pretraining(study, HYBRIDMIM, 0)
-    folder = folder_of(study, run.id)
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("left behind")
-    with only_study(study.output_dir) as lock:
-        child = start(study, run, lock)
-        child.process.wait()
-    assert not child.resumed and not (folder / "metrics.csv").exists()
+    resumed = interrupted == "with a checkpoint"
+    assert child.resumed == ("--resume=true" in child.process.args) == resumed
+    assert (models / "checkpoint_epoch=2.pt").exists() == (models.parent / "metrics.csv").exists() == resumed
 
 
 def test_cores_are_shared_out(begin, monkeypatch):

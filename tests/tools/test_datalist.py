@@ -38,7 +38,7 @@ def mhd(path, extension=".raw"):
 
 @pytest.fixture
 def sets(tmp_path):
-    """Make the four sets, with their labels and what else lies about."""
+    """Make the four sets, with their labels and other files."""
     mhd(tmp_path / "luna/subset0/1.2.mhd")
     mhd(tmp_path / "luna/subset9/1.10.mhd")
     mhd(tmp_path / "luna/seg-lungs-LUNA16/1.2.mhd", ".zraw")

@@ -177,7 +177,7 @@ def test_the_three_commands_follow_each_other(command, server, sources, tmp_path
     assert "wrong" not in done.stdout
 
 
-# ------------------------------------------------------------------------------ with MONAI alone, far from here
+# ------------------------------------------------------------------------------ with MONAI alone
 
 
 def packages(names):
@@ -194,7 +194,7 @@ def packages(names):
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory, dist):
-    """Runs Python in a virtual environment that has only what the bundles' metadata names, in a folder far from here.
+    """Runs Python in a virtual environment that has only what the bundles' metadata names, in another folder.
 
     The environment is a new one. Its site-packages hold links to the files of exactly those distributions, and of
     what they require: neither this project nor anything else that is installed here can be imported.
