@@ -323,11 +323,7 @@ def _common_start(image: str, label: str) -> str:
 
 def _gathered(cases: list[_Case]) -> list[_Case]:
     """The cases of all processes, each once: an uneven split repeats some."""
-    parts = [cases]
-    if idist.get_world_size() > 1:
-        parts = [None] * idist.get_world_size()
-        torch.distributed.all_gather_object(parts, cases)
-    return list({(case.image, case.label): case for part in parts for case in part}.values())
+    return list({(case.image, case.label): case for part in idist.all_gather(cases) for case in part}.values())
 
 
 def _worst_and_best(cases: Sequence[_Case]) -> dict[str, _Case]:

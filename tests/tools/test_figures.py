@@ -172,16 +172,11 @@ def test_without_a_label_the_planes_go_through_the_prediction(tmp_path):
     assert share_of(tmp_path / "nothing.png", CLASS_COLOURS[0]) == 0
 
 
-def test_segmentation_of_a_constant_image_or_without_numbers(tmp_path):
-    _, masks = regions()
-    for value in (0.0, np.nan):
-        image = np.full(masks.shape[1:], value)
-        segmentation_figure(tmp_path / "figure.png", image, {"label": masks, "prediction": masks}, ["a", "b", "c"], "t")
-        assert (tmp_path / "figure.png").is_file()
-
-
-def test_more_classes_than_colours(tmp_path):
+@pytest.mark.parametrize("value", [None, 0.0, np.nan])
+def test_more_classes_than_colours_and_images_without_contrast_or_numbers(tmp_path, value):
     image, masks = regions()
+    if value is not None:
+        image[:] = value
     many = np.repeat(masks, 7, axis=0)
     names = [f"a class with quite a long name, number {n}" for n in range(21)]
     segmentation_figure(tmp_path / "figure.png", image, {"label": many, "prediction": many}, names, "t")

@@ -20,7 +20,7 @@ from tools import inspection, reading
 from tools.cases import find_cases
 from tools.inspection import inspect_scan, inspect_scans
 from tools.reading import raw_file
-from tools.scans import ScanError, find_scans, read_datalist
+from tools.scans import ScanError
 from tools.start import require_usable
 
 # ---------------------------------------------------------------------------------------------- inspect_scan
@@ -587,19 +587,10 @@ def test_several_ranks_may_share_a_memory(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real scans of ../shared/data are not on this machine")
-def test_real_scans():
-    hippocampus = SHARED / "Task04_Hippocampus"
-    items = [*find_scans(hippocampus / "imagesTr")[:12], item(SHARED / "ct_abdomen/ct.nii.gz")]
-    result = inspect_scans(items, channels=1)
-    assert [scan.problem for scan in result] == [None] * 13
-    assert (result[-1].shape, result[-1].spacing) == ((122, 101, 30), (3.0, 3.0, 3.0))
-    assert len(read_datalist(hippocampus / "dataset.json", hippocampus, "training")) == 210
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the real scans of ../shared/data are not on this machine")
-def test_real_labels():
+def test_real_scans_and_labels():
     cases = find_cases(SHARED / "Task04_Hippocampus", "msd")[:12]
     assert {(s.problem, s.labels) for s in inspect_scans(cases, 1, label_values=(1, 2))} == {(None, (0, 1, 2))}
     ct = {"image": str(SHARED / "ct_abdomen/ct.nii.gz"), "label": str(SHARED / "ct_abdomen/label_btcv.nii.gz")}
     scan = inspect_scan(ct, 1, range(1, 14))
-    assert (scan.problem, set(range(14)) - set(scan.labels)) == (None, {5})  # the esophagus is outside the field
+    assert (scan.problem, scan.shape, scan.spacing) == (None, (122, 101, 30), (3.0, 3.0, 3.0))
+    assert set(range(14)) - set(scan.labels) == {5}  # the esophagus is outside the field
