@@ -25,6 +25,13 @@ from benchmarks.study.statistics import estimate as mean_of
 SCRATCH, HYBRIDMIM = Arm("UNet", "scratch"), Arm("UNet", "hybridmim")
 
 
+@pytest.fixture(autouse=True)
+def figures_are_drawn_by_one_test(request, monkeypatch):
+    """They take longer than all the rest."""
+    if request.function is not test_the_report_has_the_numbers_of_the_runs:
+        monkeypatch.setattr("benchmarks.study.report.draw", lambda findings: {})
+
+
 def unknown(run_id):
     return None
 
@@ -526,8 +533,7 @@ def test_everything_is_run_once_and_not_again(begin, small_commands):
     assert (folder / "command.sh").read_text().startswith(f"cd {ROOT}\n")
 
 
-def test_a_failing_run_is_survived(begin, small_commands, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.study.report.draw", lambda findings: {})  # takes longer than all the rest
+def test_a_failing_run_is_survived(begin, small_commands, capsys):
     study = begin("smoke")
     bad = pretraining(study, HYBRIDMIM, 0).id
     silent = pretraining(study, Arm("UNETR", "simmim"), 0).id
