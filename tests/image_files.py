@@ -7,7 +7,7 @@ from pathlib import Path
 import itk
 import nibabel as nib
 import numpy as np
-import pytest
+import pydicom
 
 SHAPE, SPACING = (10, 12, 14), (1.0, 2.0, 3.0)
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -37,7 +37,6 @@ def write_any(path, seed=0):
 
 def write_dicom(folder, slices=5, extension=".dcm", syntax="ExplicitVRLittleEndian", **tags):
     """Write a CT series of 20 x 24 voxels (in MONAI's order), 1.5 x 1.5 x 3 mm."""
-    pydicom = pytest.importorskip("pydicom")
     uid = pydicom.uid.generate_uid
     folder.mkdir(exist_ok=True, parents=True)
     series = uid()

@@ -6,20 +6,31 @@ python -m benchmarks.study report --output_dir runs/study
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import fire
+from tqdm import tqdm
 
 from benchmarks.study.findings import Findings
 from benchmarks.study.plan import Run, plan
 from benchmarks.study.report import REPORT, write_report
-from benchmarks.study.runs import LOG, estimate, execute, folder_of, last_lines, only_study, read_record
+from benchmarks.study.runs import (
+    ENDED,
+    LOG,
+    RESUMED,
+    STARTED,
+    execute,
+    folder_of,
+    last_lines,
+    only_study,
+    read_record,
+)
 from benchmarks.study.settings import Study, open_study, read_study
 
 
@@ -53,23 +64,37 @@ def study(
     Raises:
         ValueError: an option is wrong, or contradicts what the folder holds.
     """
+    failed: dict[str, str] = {}
     with only_study(Path(output_dir)) as lock:
         lists = (_listed(value) for value in (methods, label_fractions, seeds, tables))
         made = open_study(output_dir, dataset_dir, preset, bundle, *lists, jobs)
-        progress = Progress(made)
         write_report(made)
-        print(progress.table(), flush=True)
+        planned = plan(made, Findings(made).validation)
+        print(summary(made, planned), flush=True)
+        steps = {run.id: max(run.steps, 1) for run in planned}
+        done = sum(steps[run.id] for run in planned if read_record(made, run.id))
         try:
-            failed = execute(made, progress.plan, lock, progress)
+            with (
+                closing(execute(made, lambda: plan(made, Findings(made).validation), lock)) as events,
+                tqdm(total=sum(steps.values()), initial=done, unit="step") as bar,
+            ):
+                for run, news in events:
+                    bar.write(f"{news:<8} {run.id}")
+                    if news not in (STARTED, RESUMED):
+                        write_report(made)  # it has the run from now on
+                        bar.update(max(run.steps, 1))
+                    if news not in (STARTED, RESUMED, ENDED):
+                        failed[run.id] = news
         except KeyboardInterrupt:
             sys.exit(f"interrupted; the same command continues. {made.output_dir / REPORT} has what is done")
     for run_id, why in failed.items():
         print(f"\n{run_id}: {why}; its log ends with\n{last_lines(folder_of(made, run_id) / LOG)}", file=sys.stderr)
-    write_report(made)
     print(f"report: {made.output_dir / REPORT}")
     if failed:
-        waiting = sum(read_record(made, run.id) is None for run in progress.plan()) - len(failed)
+        planned = plan(made, Findings(made).validation)
+        waiting = sum(read_record(made, run.id) is None for run in planned) - len(failed)
         sys.exit(f"{len(failed)} run(s) failed, {waiting} that depend on them were left out: {', '.join(failed)}")
+    print(f"all {len(planned)} runs are done")
 
 
 def report(output_dir: str) -> None:
@@ -90,62 +115,19 @@ def _listed(value: Any) -> list[Any] | None:
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-class Progress:
-    """Says what will be run, what is, and how long it takes."""
-
-    def __init__(self, study: Study) -> None:
-        self.study = study
-
-    def plan(self) -> list[Run]:
-        """The runs, as far as they are known now."""
-        return plan(self.study, Findings(self.study).validation)
-
-    def table(self) -> str:
-        """Runs by kind and arm, with the seconds of one, if a run of its kind tells."""
-        planned = self.plan()
-        seconds = estimate(self.study, planned)
-        groups: dict[tuple[str, ...], list[Run]] = {}
-        for run in planned:
-            groups.setdefault((run.kind, run.arm.network, run.arm.method), []).append(run)
-        lines = [["run", "network", "method", "runs", "done", "steps", "seconds each"]]
-        for key, runs in groups.items():
-            steps = sorted({run.steps for run in runs})
-            each = [seconds[run.id] for run in runs if seconds[run.id] is not None]
-            lines.append(
-                [
-                    *(*key, str(len(runs)), str(sum(self._done(run) for run in runs))),
-                    f"{steps[0]}…{steps[-1]}" if len(steps) > 1 else f"{steps[0] or '-'}",
-                    f"{sum(each) / len(each):.0f}" if each else "unknown until one has ended",
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        return "\n".join([*text, f"{len(planned)} runs, {self.study.asked.jobs} at a time; {self._left(planned)}"])
-
-    def _done(self, run: Run) -> bool:
-        return read_record(self.study, run.id) is not None
-
-    def _left(self, planned: Sequence[Run]) -> str:
-        seconds = estimate(self.study, planned)
-        waiting = [run for run in planned if not self._done(run)]
-        known = [seconds[run.id] for run in waiting if seconds[run.id] is not None]
-        if not waiting:
-            return "all are done"
-        if not known:
-            return f"{len(waiting)} to do, for how long is unknown until the first has ended"
-        unknown = len(waiting) - len(known)
-        more = f", and {unknown} of a kind that has not been run yet" if unknown else ""
-        return f"{len(waiting)} to do, about {math.ceil(sum(known) / self.study.asked.jobs / 60)} min{more}"
-
-    def started(self, run: Run, resumed: bool) -> None:
-        """A run has started."""
-        print(f"started  {run.id}{' (resumed)' * resumed}", flush=True)
-
-    def finished(self, run: Run, seconds: float, why: str | None) -> None:
-        """A run has ended; the report has it from now on."""
-        write_report(self.study)
-        end = f": {why}" if why else f"; {self._left(self.plan())}"
-        print(f"{'FAILED' if why else 'done':<8} {run.id}, {seconds:.0f} s{end}", flush=True)
+def summary(study: Study, planned: Sequence[Run]) -> str:
+    """Runs by kind, network and method, as far as they are known now."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in planned:
+        groups.setdefault((run.kind, run.arm.network, run.arm.method), []).append(run)
+    lines = [["run", "network", "method", "runs", "done", "steps"]]
+    for key, runs in groups.items():
+        done = sum(read_record(study, run.id) is not None for run in runs)
+        steps = sorted({run.steps for run in runs})
+        lines.append([*key, str(len(runs)), str(done), "…".join(map(str, dict.fromkeys((steps[0], steps[-1]))))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return "\n".join([*text, f"{len(planned)} runs, {study.asked.jobs} at a time"])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from benchmarks.study.settings import METHODS
 from benchmarks.study.statistics import Estimate, estimate
 from tools.common.files import atomic_path
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and lines tell them apart in grey
+# Okabe and Ito's colours, which differ for colour-blind readers; markers and lines differ in grey
 STYLES = {
     "scratch": ("#4d4d4d", "o", "-"),
     "simclr": ("#E69F00", "s", "--"),

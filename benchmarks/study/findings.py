@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,22 +21,10 @@ from tools.common.tables import read_metrics
 MEAN = "mean"  # over classes, in the place of a class
 RESULTS = "results.csv"
 VALIDATION = "val_mean_dice"
-COLUMNS = (
-    *("run", "network", "method", "pretraining", "finetuning", "label_fraction", "labelled_cases", "seed"),
-    *("learning_rate", "class", "dice", "hd95_mm", "cases", "missed", "steps", "seconds", "seconds_per_step"),
-    *("pretraining_run", "pretraining_seconds", "best_validation_dice", "validation_curve"),
-)
 
 
-@dataclass(frozen=True)
-class Reached:
-    """When a fine-tuning reached a Dice.
-
-    Attributes:
-        steps: of training.
-        epochs: of training.
-        seconds: of these steps.
-    """
+class Reached(NamedTuple):
+    """When a fine-tuning reached a Dice: in steps and epochs of training, and the seconds of these steps."""
 
     steps: int
     epochs: int
@@ -190,38 +178,45 @@ class Findings:
     def write_results(self) -> None:
         """Write results.csv: a row for each test and class."""
         with atomic_path(self.study.output_dir / RESULTS) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            lines = [
+                line
+                for arm, fraction in self.arms()
+                for seed, run_id in self.tests(arm, fraction).items()
+                for line in self._results(arm, fraction, seed, run_id)
+            ]
+            writer = csv.DictWriter(file, list(lines[0]) if lines else [])
             writer.writeheader()
-            for arm, fraction in self.arms():
-                for seed, run_id in self.tests(arm, fraction).items():
-                    writer.writerows(self._results(arm, fraction, seed, run_id))
+            writer.writerows(lines)
 
     def _results(self, arm: Arm, fraction: float, seed: int, run_id: str) -> Iterator[dict[str, Any]]:
         tuned = self.finetunings(arm, fraction)[seed]
         record = self.record(tuned)
         pretrained = None if arm.method == "scratch" else pretraining(self.study, arm, seed).id
         cost = seconds(self.record(pretrained)) if pretrained else 0
-        common = {
-            "run": run_id,
-            "network": arm.network,
-            "method": arm.method,
-            "pretraining": _text(arm.pretraining),
-            "finetuning": _text(arm.finetuning),
-            "label_fraction": fraction,
-            "labelled_cases": self.study.labelled(fraction),
-            "seed": seed,
-            "learning_rate": self.rate(arm, fraction),
-            "steps": record["steps"],
-            "seconds": "" if record["resumed"] else record["seconds"],  # then it is the last part's
-            "seconds_per_step": record["seconds_per_step"],
-            "pretraining_run": pretrained or "",
-            "pretraining_seconds": "" if math.isnan(cost) else round(cost, 1),
-            "best_validation_dice": self.validation(tuned),
-            "validation_curve": f"runs/{tuned}/metrics.csv",
-        }
         for line in self._table(run_id, "evaluation.csv"):
-            numbers = {"dice": "dice_mean", "hd95_mm": "hd95_mm_mean", "cases": "cases", "missed": "missed"}
-            yield {**common, "class": line["class"], **{ours: line[theirs] for ours, theirs in numbers.items()}}
+            yield {
+                "run": run_id,
+                "network": arm.network,
+                "method": arm.method,
+                "pretraining": options_text(arm.pretraining),
+                "finetuning": options_text(arm.finetuning),
+                "label_fraction": fraction,
+                "labelled_cases": self.study.labelled(fraction),
+                "seed": seed,
+                "learning_rate": self.rate(arm, fraction),
+                "class": line["class"],
+                "dice": line["dice_mean"],
+                "hd95_mm": line["hd95_mm_mean"],
+                "cases": line["cases"],
+                "missed": line["missed"],
+                "steps": record["steps"],
+                "seconds": "" if record["resumed"] else record["seconds"],  # then it is the last part's
+                "seconds_per_step": record["seconds_per_step"],
+                "pretraining_run": pretrained or "",
+                "pretraining_seconds": "" if math.isnan(cost) else round(cost, 1),
+                "best_validation_dice": self.validation(tuned),
+                "validation_curve": f"runs/{tuned}/metrics.csv",
+            }
 
 
 def seconds(record: Record) -> float:
@@ -233,5 +228,6 @@ def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def _text(options: tuple[tuple[str, Any], ...]) -> str:
+def options_text(options: Iterable[tuple[str, Any]]) -> str:
+    """Options of an arm, as in `decode_size [32, 32, 32], weight_cl 0`."""
     return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in options)

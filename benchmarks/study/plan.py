@@ -1,8 +1,8 @@
 """Which runs a study is made of.
 
 A table has rows, a row is about an *arm*: a network, a pre-training method and what differs from its usual settings.
-An arm is pre-trained with each seed, fine-tuned at label fractions with each seed, and tested. Arms are told apart by
-what they do, not by the table that asks for them, so what several tables share is run once.
+An arm is pre-trained with each seed, fine-tuned at label fractions with each seed, and tested. The same
+settings are the same arm, whichever table asks for them, so what several tables share is run once.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Run:
         kind: one of `KINDS`.
         arm: what it belongs to.
         seed: of the run.
-        fraction: of the labels; None for a pre-training.
-        rate: learning rate; None for a pre-training, and as long as the arm's best rate is not known.
         configs: files, from the root of the repository.
         options: of the command, beside paths.
+        fraction: of the labels; None for a pre-training.
+        rate: learning rate; None for a pre-training, and as long as the arm's best rate is not known.
         steps: of training.
         epochs: of training.
         needs: IDs of the runs whose weights it takes.
@@ -74,13 +74,13 @@ class Run:
     kind: str
     arm: Arm
     seed: int
-    fraction: float | None
-    rate: float | None
     configs: tuple[str, ...]
     options: Mapping[str, Any]
-    steps: int
-    epochs: int
-    needs: tuple[str, ...]
+    fraction: float | None = None
+    rate: float | None = None
+    steps: int = 0
+    epochs: int = 0
+    needs: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
@@ -262,13 +262,10 @@ def pretraining(study: Study, arm: Arm, seed: int) -> Run:
         kind="pretrain",
         arm=Arm(arm.network, arm.method, arm.pretraining),
         seed=seed,
-        fraction=None,
-        rate=None,
         configs=_pretrain_files(study, arm),
         options=options,
         steps=epochs * max(1, scans // batch),  # an incomplete batch is left out
         epochs=epochs,
-        needs=(),
     )
 
 
@@ -314,8 +311,6 @@ def testing(study: Study, arm: Arm, fraction: float, seed: int, rate: float | No
         rate=rate,
         configs=files,
         options={**_with_sizes(study, arm, files, workers), "evaluated": "test", **spacing},
-        steps=0,
-        epochs=0,
         needs=(_finetune_id("finetune", arm, fraction, seed, rate),),
     )
 

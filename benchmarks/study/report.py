@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from benchmarks.study.figures import draw
-from benchmarks.study.findings import RESULTS, Findings
+from benchmarks.study.findings import RESULTS, Findings, options_text
 from benchmarks.study.plan import Arm, Run, plan
 from benchmarks.study.runs import read_record
 from benchmarks.study.settings import METHODS, STUDY, Study, everything
@@ -123,8 +123,7 @@ def _rates(findings: Findings) -> str:
 
 def _names(arm: Arm) -> tuple[str, str, str]:
     options = [*arm.pretraining, *(option for option in arm.finetuning if option not in arm.pretraining)]
-    text = ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in options)
-    return arm.network, METHODS[arm.method], text
+    return arm.network, METHODS[arm.method], options_text(options)
 
 
 def _machines(findings: Findings, planned: Sequence[Run]) -> str:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -36,6 +36,7 @@ from tools.weights.checkpoints import newest_checkpoint
 
 DONE, COMMAND, LOG = "done.json", "command.sh", "log.txt"
 WRITTEN = {"pretrain": "models/backbone.pt", "finetune": "models/model.pt", "test": "evaluation_cases.csv"}
+STARTED, RESUMED, ENDED = "started", "resumed", "done"  # what is told of a run
 GPU_MEMORY = "peak GPU memory in bytes:"  # said by a run on a GPU as its last words
 Record = dict[str, Any]  # content of a done.json
 
@@ -244,34 +245,23 @@ def last_lines(path: Path, count: int = 12) -> str:
 # ------------------------------------------------------------------------------------------------------ execution
 
 
-class Observer(Protocol):
-    """Is told what happens."""
-
-    def started(self, run: Run, resumed: bool) -> None:
-        """A run has started."""
-
-    def finished(self, run: Run, seconds: float, why: str | None) -> None:
-        """A run has ended; `why` it failed, if it did."""
-
-
-def execute(study: Study, make_plan: Callable[[], Sequence[Run]], lock: int, observer: Observer) -> dict[str, str]:
+def execute(study: Study, make_plan: Callable[[], Sequence[Run]], lock: int) -> Iterator[tuple[Run, str]]:
     """Run what is not done, `jobs` at a time, and leave out what depends on a failed run.
 
-    However this ends, no process is left.
+    However this ends, no process is left. `joblib` and `doit` want the whole plan beforehand, and tell no peak memory.
 
     Args:
         study: gives the folder and `jobs`.
         make_plan: the runs as they are known now; asked again after every run.
         lock: of `only_study`.
-        observer: is told what happens.
 
-    Returns:
-        ID and reason of each run that failed.
+    Yields:
+        Each run with `STARTED` or `RESUMED`, and then with `ENDED` or why it failed.
 
     Raises:
         ValueError: a run was done with other settings.
     """
-    failed: dict[str, str] = {}
+    failed: set[str] = set()
     running: dict[str, Child] = {}
     try:
         while True:
@@ -281,15 +271,15 @@ def execute(study: Study, make_plan: Callable[[], Sequence[Run]], lock: int, obs
                 startable = run.known and run.id not in {*done, *failed, *running} and done.issuperset(run.needs)
                 if startable and len(running) < study.asked.jobs:
                     running[run.id] = start(study, run, lock)
-                    observer.started(run, running[run.id].resumed)
+                    yield run, RESUMED if running[run.id].resumed else STARTED
             if not running:
-                return failed
+                return
             child = _wait(running)
             del running[child.run.id]
             why = conclude(study, child)
             if why:
-                failed[child.run.id] = why
-            observer.finished(child.run, time.monotonic() - child.began, why)
+                failed.add(child.run.id)
+            yield child.run, why or ENDED
     finally:
         for child in running.values():
             child.stop()
@@ -302,27 +292,3 @@ def _wait(running: Mapping[str, Child]) -> Child:
             if child.has_ended():
                 return child
         time.sleep(0.2)
-
-
-# ---------------------------------------------------------------------------------------------------------- times
-
-
-def estimate(study: Study, planned: Sequence[Run]) -> dict[str, float | None]:
-    """Seconds that each run takes, by those of its kind that have ended in this folder; None if there is none.
-
-    First choice are runs of the same network and method, then those of the same network, then any of the kind.
-    """
-    records = [(run, record) for run in planned if (record := read_record(study, run.id)) and not record["resumed"]]
-    found: dict[tuple[str, ...], list[float]] = {}
-    for run, record in records:
-        for key in _keys(run):
-            found.setdefault(key, []).append(record["seconds"] / max(run.steps, 1))
-    seconds: dict[str, float | None] = {}
-    for run in planned:
-        known = next((statistics.median(found[key]) for key in _keys(run) if key in found), None)
-        seconds[run.id] = None if known is None else known * max(run.steps, 1)
-    return seconds
-
-
-def _keys(run: Run) -> list[tuple[str, ...]]:
-    return [(run.kind, run.arm.network, run.arm.method), (run.kind, run.arm.network), (run.kind,)]

@@ -39,13 +39,19 @@ def number(found: Estimate | None, seeds: int, digits: int = 3, sign: bool = Fal
     return text if found.seeds == seeds else f"{text} ({found.seeds} of {seeds} seeds)"
 
 
+def _mean_dice(findings: Findings, arm: Arm, fraction: float, name: str = MEAN) -> str:
+    return number(findings.dice(arm, fraction, name), len(findings.study.asked.seeds))
+
+
+def _gain(findings: Findings, arm: Arm, other: Arm, fraction: float) -> str:
+    """Difference in test Dice to another arm, if it is another."""
+    found = findings.difference(arm, other, fraction) if arm != other else None
+    return number(found, len(findings.study.asked.seeds), sign=True)
+
+
 def table(findings: Findings, which: int) -> str:
     """One of the six tables, with what its columns mean."""
     return _TABLES[which](findings)
-
-
-def _labels(findings: Findings, fraction: float) -> str:
-    return f"{fraction:g} ({findings.study.labelled(fraction)} cases)"
 
 
 def _each(made: Sequence[Row]) -> Iterator[tuple[Row, float]]:
@@ -63,47 +69,30 @@ def _by_labels(made: Sequence[Row]) -> list[tuple[Row, float]]:
 
 def _dice(findings: Findings) -> str:
     made = [row for row in rows(findings.study, 1) if row.fractions]
-    seeds = len(findings.study.asked.seeds)
-    against = [row for row in made if row.arm.method != "scratch"]
-
-    def means(arm: Arm, fraction: float) -> str:
-        return number(findings.dice(arm, fraction), seeds)
-
-    def differences(arm: Arm, fraction: float) -> str:
-        return number(findings.difference(arm, arm.baseline, fraction), seeds, sign=True)
-
+    fractions = sorted({fraction for row in made for fraction in row.fractions})
+    head = ["network", "method", *(f"{f:g} ({findings.study.labelled(f)} cases)" for f in fractions)]
+    means, gains, classes, names = [], [], [], (*findings.classes(), MEAN)
+    for row in made:
+        first = [row.arm.network, row.name]
+        means.append([*first, *(_mean_dice(findings, row.arm, f) if f in row.fractions else "" for f in fractions)])
+        if row.arm.method != "scratch":
+            against = (_gain(findings, row.arm, row.arm.baseline, f) if f in row.fractions else "" for f in fractions)
+            gains.append([*first, *against])
+    for row, fraction in _by_labels(made):
+        rate = findings.rate(row.arm, fraction)
+        first = [row.arm.network, f"{fraction:g}", row.name, MISSING if rate is None else f"{rate:g}"]
+        classes.append([*first, *(_mean_dice(findings, row.arm, fraction, name) for name in names)])
     return "\n\n".join(
         [
             "Mean over classes, by share of the training cases:",
-            _by_fraction(findings, made, means),
+            markdown(head, means),
             "Difference to training from scratch: same test cases, same labels, same seed, paired; mean over cases and "
             "seeds:",
-            _by_fraction(findings, against, differences),
+            markdown(head, gains),
             "By class, at the learning rate that was chosen:",
-            _by_class(findings, made),
+            markdown(["network", "labels", "method", "rate", *names], classes),
         ]
     )
-
-
-def _by_fraction(findings: Findings, made: Sequence[Row], value: Callable[[Arm, float], str]) -> str:
-    fractions = sorted({fraction for row in made for fraction in row.fractions})
-    lines = [
-        [row.arm.network, row.name, *(value(row.arm, f) if f in row.fractions else "" for f in fractions)]
-        for row in made
-    ]
-    return markdown(["network", "method", *(_labels(findings, fraction) for fraction in fractions)], lines)
-
-
-def _by_class(findings: Findings, made: Sequence[Row]) -> str:
-    names = findings.classes()
-    seeds = len(findings.study.asked.seeds)
-    lines = []
-    for row, fraction in _by_labels(made):
-        rate = findings.rate(row.arm, fraction)
-        dice = [number(findings.dice(row.arm, fraction, name), seeds) for name in (*names, MEAN)]
-        first = [row.arm.network, f"{fraction:g}", row.name, MISSING if rate is None else f"{rate:g}"]
-        lines.append([*first, *dice])
-    return markdown(["network", "labels", "method", "rate", *names, MEAN], lines)
 
 
 # -------------------------------------------------------------------------------------------------------- table 2
@@ -163,20 +152,15 @@ def _faster(findings: Findings, arm: Arm, other: Arm, fraction: float) -> str:
 
 
 def _ablation(findings: Findings) -> str:
-    made = rows(findings.study, 3)
-    seeds = len(findings.study.asked.seeds)
     network = findings.study.preset.ablation["network"]
     full = Arm(network, "hybridmim")
-    lines = []
-    for row, fraction in _each(made):
-        other = findings.difference(row.arm, full, fraction) if row.arm != full else None
-        to_scratch = findings.difference(row.arm, row.arm.baseline, fraction) if row.arm != row.arm.baseline else None
-        lines.append(
-            [
-                *(row.name, f"{fraction:g}", number(findings.dice(row.arm, fraction), seeds)),
-                *(number(to_scratch, seeds, sign=True), number(other, seeds, sign=True)),
-            ]
-        )
+    lines = [
+        [
+            *(row.name, f"{fraction:g}", _mean_dice(findings, row.arm, fraction)),
+            *(_gain(findings, row.arm, other, fraction) for other in (row.arm.baseline, full)),
+        ]
+        for row, fraction in _each(rows(findings.study, 3))
+    ]
     text = [
         f"{METHODS['hybridmim']} with {network}, one part changed at a time; mean test Dice over classes. Differences "
         "are paired, as in table 1.",
@@ -195,16 +179,15 @@ def _ablation(findings: Findings) -> str:
 
 def _masks(findings: Findings) -> str:
     numbers = findings.study.preset.masks
-    seeds = len(findings.study.asked.seeds)
     by_name = {row.name: row.arm for row in rows(findings.study, 4)}
     parts = [f"{METHODS['hybridmim']} with {numbers['network']}; mean test Dice over classes."]
     for fraction in numbers["fractions"]:
         lines = []
         for patch in numbers["patch_size"]:
             arms = [by_name[mask_name(ratio, patch)] for ratio in numbers["mask_ratio"] if by_name]
-            lines.append([f"{patch}", *(number(findings.dice(arm, fraction), seeds) for arm in arms)])
+            lines.append([f"{patch}", *(_mean_dice(findings, arm, fraction) for arm in arms)])
         head = ["patch (voxels)", *(f"{ratio:g} masked" for ratio in numbers["mask_ratio"])]
-        parts += [f"Labels {_labels(findings, fraction)}:", markdown(head, lines)]
+        parts += [f"Labels {fraction:g} ({findings.study.labelled(fraction)} cases):", markdown(head, lines)]
     return "\n\n".join(parts)
 
 
@@ -213,7 +196,6 @@ def _masks(findings: Findings) -> str:
 
 def _cost(findings: Findings) -> str:
     fractions = findings.study.preset.cost["fractions"]
-    seeds = len(findings.study.asked.seeds)
     lines = []
     for row in rows(findings.study, 5):
         records = list(findings.pretrainings(row.arm).values())
@@ -222,7 +204,7 @@ def _cost(findings: Findings) -> str:
             [
                 *(row.arm.network, name, str(findings.study.preset.pretraining.epochs)),
                 *_pace(records, findings.study.preset.pretraining.epochs),
-                *(number(findings.dice(row.arm, fraction), seeds) for fraction in fractions),
+                *(_mean_dice(findings, row.arm, fraction) for fraction in fractions),
             ]
         )
     head = ["network", "method", "epochs", "s per step", "s per epoch", "min in all", "peak memory"]
@@ -251,13 +233,10 @@ def _pace(records: Sequence[Record], epochs: int) -> list[str]:
 
 
 def _resolution(findings: Findings) -> str:
-    seeds = len(findings.study.asked.seeds)
     lines = [
         [
-            *(row.name, f"{fraction:g}", number(findings.dice(row.arm, fraction), seeds)),
-            MISSING
-            if row.arm == row.arm.baseline
-            else number(findings.difference(row.arm, row.arm.baseline, fraction), seeds, sign=True),
+            *(row.name, f"{fraction:g}", _mean_dice(findings, row.arm, fraction)),
+            _gain(findings, row.arm, row.arm.baseline, fraction),
         ]
         for row, fraction in _each(rows(findings.study, 6))
     ]

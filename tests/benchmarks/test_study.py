@@ -17,12 +17,19 @@ from benchmarks.study import settings
 from benchmarks.study.findings import Findings
 from benchmarks.study.plan import Arm, chosen_rate, finetuning, grid, left_out, length, plan, pretraining, rows
 from benchmarks.study.report import write_report
-from benchmarks.study.runs import command, estimate, execute, folder_of, is_done, last_lines, only_study, start
+from benchmarks.study.runs import command, execute, folder_of, is_done, last_lines, only_study, start
 from benchmarks.study.settings import BUNDLES, METHODS, ROOT, open_study, read_preset, read_study
-from benchmarks.study.statistics import Estimate, first_reached, mean_difference
+from benchmarks.study.statistics import Estimate, mean_difference
 from benchmarks.study.statistics import estimate as mean_of
 
 SCRATCH, HYBRIDMIM = Arm("UNet", "scratch"), Arm("UNet", "hybridmim")
+
+
+@pytest.fixture(autouse=True)
+def figures_are_drawn_by_one_test(request, monkeypatch):
+    """They take longer than all the rest."""
+    if request.function is not test_the_report_has_the_numbers_of_the_runs:
+        monkeypatch.setattr("benchmarks.study.report.draw", lambda findings: {})
 
 
 def unknown(run_id):
@@ -88,13 +95,6 @@ def begin_another(begin, preset):
     study = begin()
     folder = study.output_dir.with_name(preset)
     return open_study(str(folder), str(study.dataset_dir), preset, "hippocampus", None, None, None, None, 1)
-
-
-def test_a_run_comes_after_those_that_it_needs(begin):
-    seen = set()
-    for run in plan(begin(), unknown):
-        assert seen.issuperset(run.needs) or not run.known
-        seen.add(run.id)
 
 
 def test_the_laptop_preset_is_the_matrix_that_it_says(begin):
@@ -260,11 +260,6 @@ def test_differences_are_of_the_same_cases():
     assert math.isnan(mean_difference({"a": 1.0}, {"b": 1.0}))
 
 
-def test_the_first_step_at_the_target():
-    curve = [(10, 0.3), (20, 0.7), (30, 0.6), (40, 0.8)]
-    assert [first_reached(curve, target) for target in (0.2, 0.7, 0.71, 0.9)] == [10, 20, 40, None]
-
-
 # ------------------------------------------------------------------------------------------------------ the report
 
 
@@ -335,12 +330,8 @@ def test_results_are_a_row_for_each_test_and_class(begin, end_all):
         if (row["method"], row["label_fraction"], row["seed"], row["class"]) == ("hybridmim", "0.25", "1", "mean")
     ]
     assert float(row["dice"]) == pytest.approx(0.853)
-    assert (row["learning_rate"], row["labelled_cases"], row["steps"], row["seconds"]) == (
-        "0.01",
-        "38",
-        "152",
-        "86.0",
-    )
+    keys = ("learning_rate", "labelled_cases", "steps", "seconds")
+    assert [row[key] for key in keys] == ["0.01", "38", "152", "86.0"]
     assert float(row["pretraining_seconds"]) == 0.5 * 20 * 38
     assert (study.output_dir / row["validation_curve"]).is_file()
     assert float(row["best_validation_dice"]) == pytest.approx(0.853)
@@ -357,20 +348,12 @@ def test_convergence(begin, end):
     found = findings.reached(HYBRIDMIM, 0.05)[0]
     assert (found.steps, found.epochs, found.seconds) == (120, 30, 60.0)
     write_report(study)
-    table = section((study.output_dir / "report.md").read_text(), "Table 2.")
+    text = (study.output_dir / "report.md").read_text()
+    assert "One seed: no interval is given" in text and "±" not in section(text, "Table 1.")
+    table = section(text, "Table 2.")
     assert cells(table, "UNet", "0.05", "HybridMIM") == [["1 of 1", "120", "30", "60", "160", "1.33×", "—"]]
     assert cells(table, "UNet", "0.05", "SimCLR") == [["never", "—", "—", "—", "160", "—", "—"]]
     assert cells(table, "UNet", "1", "HybridMIM") == [["—", "—", "—", "—", "228", "—", "—"]]
-
-
-def test_one_seed_has_no_interval(begin, end_all):
-    study = begin(tables=[1], methods=["scratch"], seeds=[0])
-    end_all(study, dice_of)
-    write_report(study)
-    text = (study.output_dir / "report.md").read_text()
-    assert "One seed: no interval is given" in text
-    assert cells(section(text, "Table 1."), "UNet", "from scratch")[0] == ["0.803"] * 3
-    assert "±" not in section(text, "Table 1.")
 
 
 def test_a_missing_seed_is_said(begin, end_all):
@@ -523,30 +506,14 @@ def small_commands(tmp_path, monkeypatch):
     return how
 
 
-class Told:
-    """Keeps what an observer is told."""
-
-    def __init__(self):
-        self.lines = []
-
-    def started(self, run, resumed):
-        self.lines.append(("started", run.id))
-
-    def finished(self, run, seconds, why):
-        self.lines.append((why or "done", run.id))
-
-
 def execute_all(study):
-    told = Told()
     with only_study(study.output_dir) as lock:
-        failed = execute(study, lambda: plan(study, Findings(study).validation), lock, told)
-    return failed, told.lines
+        return [(news, run.id) for run, news in execute(study, lambda: plan(study, Findings(study).validation), lock)]
 
 
 def test_everything_is_run_once_and_not_again(begin, small_commands):
     study = begin("smoke", jobs=3)
-    failed, lines = execute_all(study)
-    assert failed == {}
+    lines = execute_all(study)
     planned = plan(study, Findings(study).validation)
     assert [run_id for word, run_id in lines if word == "started"] and len(lines) == 2 * len(planned)
     assert all(is_done(study, run) for run in planned)
@@ -558,7 +525,7 @@ def test_everything_is_run_once_and_not_again(begin, small_commands):
         else:
             ended.append(run_id)
         assert sum(w == "started" for w, _ in lines[: lines.index((word, run_id)) + 1]) - len(ended) <= 3
-    assert execute_all(study) == ({}, [])
+    assert execute_all(study) == []
     folder = folder_of(study, pretraining(study, HYBRIDMIM, 0).id)
     assert sorted(path.name for path in (folder / "models").iterdir()) == ["backbone.pt", "model.pt"]
     record = json.loads((folder / "done.json").read_text())
@@ -566,8 +533,7 @@ def test_everything_is_run_once_and_not_again(begin, small_commands):
     assert (folder / "command.sh").read_text().startswith(f"cd {ROOT}\n")
 
 
-def test_a_failing_run_is_survived(begin, small_commands, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.study.report.draw", lambda findings: {})  # takes longer than all the rest
+def test_a_failing_run_is_survived(begin, small_commands, capsys):
     study = begin("smoke")
     bad = pretraining(study, HYBRIDMIM, 0).id
     silent = pretraining(study, Arm("UNETR", "simmim"), 0).id
@@ -588,7 +554,7 @@ def test_a_failing_run_is_survived(begin, small_commands, capsys, monkeypatch):
     small_commands.clear()  # the disk has room again
     main.study(*options)
     printed = capsys.readouterr().out
-    assert printed.count("started") == 2 + 4 and "all are done" in printed
+    assert printed.count("started") == 2 + 4 and "runs are done" in printed
     main.study(*options)
     assert "started" not in capsys.readouterr().out
 
@@ -605,8 +571,8 @@ def test_ctrl_c_ends_the_runs_and_the_study_continues(begin, small_commands):
     small_commands.clear()
     with only_study(study.output_dir):  # no child holds the folder any more
         pass
-    failed, lines = execute_all(study)
-    assert failed == {} and ("done", first[0]) in lines
+    lines = execute_all(study)
+    assert {news for news, _ in lines} == {"started", "done"} and ("done", first[0]) in lines
 
 
 def test_two_studies_never_share_a_folder(begin):
@@ -619,8 +585,8 @@ def test_two_studies_never_share_a_folder(begin):
         pass
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_an_interrupted_run_is_resumed_from_its_checkpoint(begin, small_commands, same):
+@pytest.mark.parametrize("interrupted", ["with a checkpoint", "with other options", "before the first checkpoint"])
+def test_an_interrupted_run_is_resumed_from_its_checkpoint_or_begins_afresh(begin, small_commands, interrupted):
     study = begin()
     run = pretraining(study, HYBRIDMIM, 0)
     models = folder_of(study, run.id) / "models"
@@ -628,27 +594,17 @@ def test_an_interrupted_run_is_resumed_from_its_checkpoint(begin, small_commands
     with only_study(study.output_dir) as lock:
         start(study, run, lock).process.wait()
         models.mkdir(exist_ok=True)
-        with zipfile.ZipFile(models / "checkpoint_epoch=2.pt", "w") as file:
-            file.writestr("data", "")
-        if not same:  # with other options it would be another run
+        (models.parent / "metrics.csv").write_text("left behind")
+        if interrupted != "before the first checkpoint":
+            with zipfile.ZipFile(models / "checkpoint_epoch=2.pt", "w") as file:
+                file.writestr("data", "")
+        if interrupted == "with other options":  # it would be another run
             small_commands[run.id] = "idle again"
         child = start(study, run, lock)
         child.process.wait()
-    assert child.resumed == same
-    assert ("--resume=true" in child.process.args) == same
-    assert (models / "checkpoint_epoch=2.pt").exists() == same
-
-
-def test_a_run_without_a_checkpoint_begins_afresh(begin, small_commands):
-    study = begin()
-    run = pretraining(study, HYBRIDMIM, 0)
-    folder = folder_of(study, run.id)
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("left behind")
-    with only_study(study.output_dir) as lock:
-        child = start(study, run, lock)
-        child.process.wait()
-    assert not child.resumed and not (folder / "metrics.csv").exists()
+    resumed = interrupted == "with a checkpoint"
+    assert child.resumed == ("--resume=true" in child.process.args) == resumed
+    assert (models / "checkpoint_epoch=2.pt").exists() == (models.parent / "metrics.csv").exists() == resumed
 
 
 def test_cores_are_shared_out(begin, monkeypatch):
@@ -660,21 +616,6 @@ def test_cores_are_shared_out(begin, monkeypatch):
     with only_study(study.output_dir) as lock:
         start(study, run, lock).process.wait()
     assert last_lines(folder_of(study, run.id) / "log.txt") == "threads 4"
-
-
-def test_the_time_is_that_of_runs_of_the_same_kind(begin, end):
-    study = begin(tables=[1])
-    planned = plan(study, unknown)
-    assert set(estimate(study, planned).values()) == {None}
-    first, second = grid(study, SCRATCH, 0.05)
-    end(study, first, 0.5)  # 10 s, and 0.5 s for each of 160 steps
-    seconds = estimate(study, planned)
-    assert seconds[second.id] == pytest.approx(90)
-    long = finetuning(study, SCRATCH, 1.0, 1, None)
-    assert seconds[long.id] == pytest.approx(90 / 160 * 228)
-    other = grid(study, Arm("UNETR", "mae"), 0.05)[0]
-    assert seconds[other.id] == pytest.approx(90)  # until one of its own kind has ended
-    assert seconds[pretraining(study, HYBRIDMIM, 0).id] is None
 
 
 def test_commands_are_those_of_the_bundles(begin):

@@ -95,15 +95,15 @@ def channels(path):
 
 
 BAD = {
-    "truncated": (truncated, r"is truncated: found \d+ bytes of data, expected 250000"),
-    "cut off": (cut_off, r"is truncated: found 50000 bytes, but its compressed data go on"),
+    "truncated": (truncated, r"cannot be read: Expected 250000 bytes, got \d+ bytes"),
+    "cut off": (cut_off, r"cannot be read: Compressed file ended .*found 50000 bytes"),
     "empty": (lambda path: path.write_bytes(b""), r"is empty: found 0 bytes, expected an image"),
-    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"is not an image: found 500 bytes that begin with"),
+    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"cannot be read: .*found 500 bytes that begin with"),
     "2D": (
         lambda path: save_nifti(path, hounsfield(0, (50, 50, 1))),
-        r"is 2D: found a single slice \(shape 50x50x1\), expected a volume",
+        r"is 2D: found a single slice \(shape 50×50×1\), expected a volume",
     ),
-    "4D": (channels, r"has 3 channels \(4D, shape 40x40x40x3\), expected 1: set in_channels to 3"),
+    "4D": (channels, r"has 3 channels \(4D, shape 40×40×40×3\), expected 1: set in_channels to 3"),
     "NaN": (with_nan, r"has 1 NaN or infinite values among 125000 voxels, expected finite values"),
     "constant": (
         lambda path: save_nifti(path, np.full((40, 40, 40), 7, np.int16)),
@@ -126,7 +126,7 @@ def test_all_bad_scans_are_named_at_once(refused, scans):
 def test_another_number_of_channels(refused, ct_scans):
     message = str(refused(dataset_dir=str(ct_scans), in_channels=2, **TINY))
     assert "6 of 6 scans cannot be used" in message
-    assert "has 1 channel (3D, shape 50x60x48), expected 2: set in_channels to 1" in message
+    assert "has 1 channel (3D, shape 50×60×48), expected 2: set in_channels to 1" in message
 
 
 def test_skip_unreadable_trains_without_the_bad_ones(workflow, scans, tmp_path, capsys):

@@ -17,7 +17,7 @@ from typing import Any
 from tools.common.files import atomic_path
 from tools.data.cases import Case, find_cases
 from tools.data.datalists import load_datalist
-from tools.data.inspection import raw_file
+from tools.data.reading import raw_file
 from tools.data.scans import ScanError, contents_text, files_of, paths_of
 from tools.data.splits import label_subset, split_by_layout
 from tools.samples.anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
@@ -169,7 +169,8 @@ def btcv(
     Raises:
         ScanError: no case, files without their counterpart, or a split that cannot be made.
     """
-    _labelled("btcv", dataset_dir, output, None, fold, folds, seed, test_cases, label_fraction)
+    settings = {"fold": fold, "folds": folds, "seed": seed, "test_cases": test_cases}
+    _labelled("btcv", dataset_dir, output, None, settings, label_fraction)
 
 
 def brats(
@@ -185,7 +186,8 @@ def brats(
 
     The channels of each image are t1, t1ce, t2, flair, in this order.
     """
-    _labelled("brats", dataset_dir, output, CHANNELS, fold, folds, seed, test_cases, label_fraction)
+    settings = {"fold": fold, "folds": folds, "seed": seed, "test_cases": test_cases}
+    _labelled("brats", dataset_dir, output, CHANNELS, settings, label_fraction)
 
 
 def msd(
@@ -198,7 +200,8 @@ def msd(
     label_fraction: float = 1.0,
 ) -> None:
     """Write the data list of a task of the Decathlon (`dataset.json`); arguments and errors as `btcv`."""
-    _labelled("msd", dataset_dir, output, None, fold, folds, seed, test_cases, label_fraction)
+    settings = {"fold": fold, "folds": folds, "seed": seed, "test_cases": test_cases}
+    _labelled("msd", dataset_dir, output, None, settings, label_fraction)
 
 
 def _labelled(
@@ -206,24 +209,15 @@ def _labelled(
     dataset_dir: str,
     output: str,
     modalities: Sequence[str] | None,
-    fold: int | None,
-    folds: int,
-    seed: int,
-    test_cases: int,
+    settings: dict[str, int | None],
     label_fraction: float,
 ) -> None:
     cases = find_cases(dataset_dir, layout, modalities)
-    training, validation, test = split_by_layout(cases, layout, fold, folds, seed, test_cases)
-    training = label_subset(training, label_fraction, seed)
+    training, validation, test = split_by_layout(cases, layout, **settings)
+    training = label_subset(training, label_fraction, settings["seed"])
     root = Path(dataset_dir)
     parts = {"training": training, "validation": validation, "test": test}
-    settings = {
-        "fold": fold,
-        "folds": folds,
-        "seed": seed,
-        "test_cases": test_cases,
-        "label_fraction": label_fraction,
-    }
+    settings["label_fraction"] = label_fraction
     content = {
         "name": root.absolute().name,
         "description": f"Layout {layout}; {', '.join(f'{name} {value}' for name, value in settings.items())}",

@@ -32,7 +32,7 @@ DETAIL_DPI = 150  # of whole scans with fine outlines
 GREYS = colormaps["gray"].with_extremes(bad="#54708c")  # bad: masked, tinted to tell a patch from dark air
 HEAT = colormaps["inferno"].with_extremes(bad="#3a3a3a")  # bad: no error is counted here
 TRAINING, VALIDATION, REFERENCE = "#1f5a96", "#d1701f", "#777777"
-CLASS_COLOURS = (  # told apart on grey; the first ones by colour-blind readers, too
+CLASS_COLOURS = (  # clear on grey; the first ones differ for colour-blind readers, too
     *("#ff5a4f", "#35c9f0", "#ffd92f", "#3f7fff", "#3cc45a", "#f58ad6", "#ff9a1f", "#a855f7"),
     *("#b8f03c", "#1fa99a", "#c9b6ff", "#b5713a", "#ff3fa4", "#8a9a1c", "#ffd3ad", "#a3ffd0"),
 )
@@ -260,7 +260,7 @@ def _window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(known, (0.005, 0.995)) if known.size else (0.0, 1.0)
     inside = image[mask & np.isfinite(image)]
     least, most = np.quantile(inside, (0.02, 0.98)) if inside.size else (0.0, 0.0)
-    if least < most:  # or else there is nothing to go by
+    if least < most:
         low, high = max(low, 2 * least - most), min(high, 2 * most - least)
     return float(low), float(max(high, low + 1e-6))
 
@@ -339,11 +339,9 @@ def _three_planes(
         rows.append((plane, aspect, [figure.add_subplot(grid[row, column]) for column in range(len(titles))]))
         for axes, title in zip(rows[-1][2], titles, strict=True):
             axes.set(xticks=[], yticks=[])
-            for letter, x in zip(letters, (0.03, 0.97), strict=True):
-                side = "left" if x < 0.5 else "right"
-                axes.text(
-                    x, 0.5, letter, transform=axes.transAxes, color="white", fontsize=8, ha=side, path_effects=[rim]
-                )
+            style = {"transform": axes.transAxes, "color": "white", "fontsize": 8, "path_effects": [rim]}
+            for letter, x, side in zip(letters, (0.03, 0.97), ("left", "right"), strict=True):
+                axes.text(x, 0.5, letter, ha=side, **style)
             if row == 0:
                 axes.set_title(title, fontsize=11)
         rows[-1][2][0].set_ylabel(plane, fontsize=11)
@@ -394,7 +392,7 @@ def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
         if isinstance(reference, float):
             axes.axhline(reference, color=REFERENCE, linestyle="--", linewidth=1.2, label=name)
         elif reference in values:
-            _curve(axes, values["epoch"], values[reference], name, REFERENCE, linestyle="--", marker="")
+            _curve(axes, values["epoch"], values[reference], name, REFERENCE, "--")
         axes.legend(fontsize=8)
     _save(figure, path)
     print(f"{panels} curves of {len(rows)} epochs written to {path}")
@@ -410,26 +408,10 @@ def _panel(axes: Axes, title: str, unit: str) -> Axes:
     return axes
 
 
-def _curve(
-    axes: Axes,
-    epochs: np.ndarray,
-    values: np.ndarray,
-    name: str,
-    colour: str,
-    linestyle: str = "-",
-    marker: str = ".",
-) -> None:
+def _curve(axes: Axes, epochs: np.ndarray, values: np.ndarray, name: str, colour: str, style: str = ".-") -> None:
     """Draw one curve through the epochs that have a value (a line would break at the others)."""
     known = np.isfinite(values)
-    axes.plot(
-        epochs[known],
-        values[known],
-        label=name,
-        color=colour,
-        linestyle=linestyle,
-        marker=marker,
-        linewidth=1.2,
-    )
+    axes.plot(epochs[known], values[known], style, label=name, color=colour, linewidth=1.2)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

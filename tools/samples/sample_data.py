@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from tools.common.files import atomic_path
@@ -35,7 +32,7 @@ from tools.samples.anatomy import (
 )
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "PSR", "RPI", "ASL")
-UNKNOWN = ("unknown", "unknown")  # kind and seed of data that this program did not write
+MARK = ".sample_data"  # file that says which kind and seed a folder holds; the data sets that are imitated have none
 
 
 class Kind(NamedTuple):
@@ -103,47 +100,19 @@ def _save(array: np.ndarray, affine: np.ndarray, orientation: str, tag: str, pat
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))  # no time of day in it
 
 
-def _described(description: Path) -> tuple[str, int] | tuple[str, str]:
-    """Return kind and seed that a dataset.json tells."""
-    try:
-        content = json.loads(description.read_text())
-        return content["kind"], content["seed"]
-    except (ValueError, KeyError, TypeError):  # no JSON at all, or that of another program
-        return UNKNOWN
-
-
-def _tagged(scan: Path) -> tuple[str, int] | tuple[str, str]:
-    """Return kind and seed that the header of a NIfTI file tells."""
-    try:
-        tag = nib.load(scan).header["descrip"].item().decode("latin-1")
-    except (ImageFileError, OSError, EOFError, zlib.error):
-        return UNKNOWN
-    found = re.fullmatch(r"synthetic (\w+), seed (\d+)", tag)
-    return (found[1], int(found[2])) if found else UNKNOWN
-
-
 def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:
-    """Raise ValueError where the folder is a file or holds a data set other than this kind with this seed.
-
-    A folder without dataset.json may be that of a kind that has none, or of a run that did not end: there each
-    scan speaks for itself.
-    """
+    """Raise ValueError where the folder is a file or holds anything but this kind with this seed; mark it as that."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got {str(folder)!r}, which is a file, expected a folder")
-    description = folder / "dataset.json"
-    expected = {(kind, seed)}
-    if description.exists():
-        found = {_described(description)}
-    else:
-        found = {_tagged(scan) for scan in folder.rglob("[!.]*.nii*")}
-        if not KINDS[kind].tagged:
-            expected.add(UNKNOWN)
-    if other := found - expected:
-        other_kind, other_seed = other.pop()
-        raise ValueError(
-            f"output_dir: {str(folder)!r} holds a data set of kind {other_kind} with seed {other_seed}, expected "
-            f"an empty folder or one of kind {kind} with seed {seed}"
-        )
+    mark, content = folder / MARK, f"synthetic {kind}, seed {seed}\n"
+    if folder.exists() and any(folder.iterdir()):
+        found = mark.read_text(encoding="utf-8") if mark.is_file() else "other data"
+        if found != content:
+            raise ValueError(
+                f"output_dir: {str(folder)!r} holds {found.strip()}, expected nothing or {content.strip()}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(content, encoding="utf-8")
 
 
 def _write_case(folder: Path, kind: str, index: int, seed: int) -> None:

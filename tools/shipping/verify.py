@@ -1,12 +1,13 @@
 """What the Model Zoo checks before it takes a bundle, on this machine: no network, no data, no GPU.
 
-The Zoo's checks are those of `ci/verify_bundle.py` in Project-MONAI/model-zoo. MONAI's own functions do the work where
-it has one.
+The Zoo's checks are those of `ci/verify_bundle.py` in Project-MONAI/model-zoo. Where MONAI has a function
+(`verify_net_in_out`, `ckpt_export`, `check_properties`), it does the work; its `verify_metadata` downloads
+the schema, so `jsonschema` is called directly. The files are looked at here: the Zoo's script stops at the first
+problem.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -18,11 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import monai.bundle.scripts as bundle_commands
 import torch
-import yaml
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, verify_net_in_out
-from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from monai.data import load_net_with_metadata
 from monai.networks.nets import SwinUNETR
 from monai.utils import optional_import
@@ -130,21 +128,24 @@ def static_checks(folder: Path, schema: str | Path | None = None) -> list[Check]
         return [Check("metadata", [f"{folder / 'configs/metadata.json'}: is not valid JSON: {error}"])]
     if not isinstance(meta, dict):
         return [Check("metadata", [f"{folder / 'configs/metadata.json'}: is {type(meta).__name__}, expected keys"])]
-    checks = [
+    text = (folder / "LICENSE").read_text(encoding="utf-8")
+    apache = "Apache License" in text and "Version 2.0" in text
+    # that of the data is named in the README
+    page = folder / "docs/README.md"
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")) if ":" not in link]
+    lost = [f"{page}: {link} does not exist" for link in links if not (page.parent / link).exists()]
+    return [
         Check("files", []),
-        Check("metadata", metadata_problems(folder, meta)),
+        Check("metadata", _metadata_problems(folder, meta)),
         _schema_check(folder, meta, schema),
-        Check("licence", _licence_problems(folder)),
+        Check("licence", [] if apache else [f"{folder / 'LICENSE'}: is not the Apache License, Version 2.0"]),
         Check("sizes", _size_problems(folder)),
+        Check("configs", _config_problems(folder)),
+        Check("links in README.md", lost),
     ]
-    configs = Check("configs", config_problems(folder))
-    checks.append(configs)
-    if not configs.problems:
-        checks.append(Check("documentation", _readme_problems(folder)))
-    return checks
 
 
-def metadata_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
+def _metadata_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
     """Say which keys of the metadata are missing or of another type, and whether the version is in the changelog."""
     file = folder / "configs/metadata.json"
     problems = [
@@ -175,13 +176,6 @@ def _schema_check(folder: Path, meta: dict[str, Any], schema: str | Path | None)
     return Check(title, [f"{where}: {'/'.join(map(str, e.absolute_path))}: {e.message}" for e in errors])
 
 
-def _licence_problems(folder: Path) -> list[str]:
-    """The licence of the bundle; that of the data is named in the README, whose links are looked at."""
-    text = (folder / "LICENSE").read_text(encoding="utf-8")
-    known = "Apache License" in text and "Version 2.0" in text
-    return [] if known else [f"{folder / 'LICENSE'}: is not the Apache License, Version 2.0"]
-
-
 def _size_problems(folder: Path) -> list[str]:
     """Files that a Git repository should not hold, and a list of large files that cannot be downloaded."""
     files = [path for part in ("configs", "docs", "scripts") for path in (folder / part).rglob("*") if path.is_file()]
@@ -200,7 +194,7 @@ def _size_problems(folder: Path) -> list[str]:
     return problems
 
 
-def config_problems(folder: Path) -> list[str]:
+def _config_problems(folder: Path) -> list[str]:
     """Say which configs MONAI cannot read, alone or, if they are overlays, on top of the config that they are for."""
     problems = []
     for path in sorted((folder / "configs").glob("*.yaml")):
@@ -214,41 +208,6 @@ def config_problems(folder: Path) -> list[str]:
         except Exception as error:  # of YAML, of MONAI's parser, of Python's
             problems.append(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}")
     return problems
-
-
-def _readme_problems(folder: Path) -> list[str]:
-    """Keys and options that do not exist, and links that lead nowhere."""
-    page = folder / "docs/README.md"
-    text = page.read_text(encoding="utf-8")
-    table = re.search(r"<!-- keys -->(.*)<!-- /keys -->", text, re.DOTALL)
-    rows = re.findall(r"^\| `(\w+)` \|", table[1], re.MULTILINE) if table else []
-    train = yaml.safe_load((folder / "configs/train.yaml").read_text(encoding="utf-8"))
-    problems = [f"{page}: lists `{key}`, which configs/train.yaml does not have" for key in rows if key not in train]
-    problems += [
-        f"{page}: names --{option}, which no config has" for option in sorted(_options(text) - _known_options(folder))
-    ]
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if ":" not in link]
-    return problems + [f"{page}: {link} does not exist" for link in links if not (page.parent / link).exists()]
-
-
-def _options(text: str) -> set[str]:
-    """Options of `python -m monai.bundle` that a page names."""
-    options = set(re.findall(r"`--([a-z]\w*)[ `]", text))
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            _, _, arguments = line.partition("-m monai.bundle ")
-            options |= set(re.findall(r"\s--([a-z]\w*)", arguments))
-    return options
-
-
-def _known_options(folder: Path) -> set[str]:
-    """Top-level keys of the configs, and what the commands of `monai.bundle` and its tracking take."""
-    keys = {
-        key for path in (folder / "configs").glob("*.yaml") for key in yaml.safe_load(path.read_text(encoding="utf-8"))
-    }
-    commands = [command for name, command in inspect.getmembers(bundle_commands, inspect.isfunction) if name[0] != "_"]
-    taken = {name for command in commands for name in inspect.signature(command).parameters}
-    return keys | taken | set(DEFAULT_MLFLOW_SETTINGS["configs"])
 
 
 # ---- network, export, workflows -------------------------------------------------------------------------------
@@ -312,6 +271,11 @@ def build_network(folder: Path) -> nn.Module:
     return parser.get_parsed_content("network_def")
 
 
+def _weights_problems(folder: Path) -> list[str]:
+    check_weights(folder / WEIGHTS, build_network(folder))
+    return []
+
+
 def require_weights(folder: Path) -> None:
     """Refuse a `models/model.pt` that is not of the network of `configs/inference.yaml`.
 
@@ -319,12 +283,7 @@ def require_weights(folder: Path) -> None:
         WeightsError: with the tensors that do not fit.
     """
     with _own_scripts(folder):
-        check_weights(folder / WEIGHTS, build_network(folder))
-
-
-def _weights_problems(folder: Path) -> list[str]:
-    check_weights(folder / WEIGHTS, build_network(folder))
-    return []
+        _weights_problems(folder)
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -66,7 +66,17 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
     Raises:
         WeightsError: with the tensors that are missing, unknown or of another shape.
     """
-    found, expected = read_weights(path), network.state_dict()
+    found = read_weights(path)
+    require_same(path, found, network.state_dict())
+    return found
+
+
+def require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The tensors of a file are those of the network, by name and shape.
+
+    Raises:
+        WeightsError: with the tensors that are missing, unknown or of another shape.
+    """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     shapes = [
@@ -87,7 +97,6 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
             f"{'; '.join(problems)}. Choose the overlays and sizes that the checkpoint was trained with "
             "(for instance configs/swin_unetr.yaml, configs/unetr.yaml, configs/small.yaml, the roi_size of a UNETR)"
         )
-    return found
 
 
 def _some(names: list[str]) -> str:

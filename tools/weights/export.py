@@ -13,7 +13,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tools.weights.checkpoints import WeightsError, describe
+from tools.weights.checkpoints import WeightsError, require_same
 
 
 @torch.jit.script_if_tracing
@@ -131,7 +131,7 @@ def load_torchscript(
         exported = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:  # without its text, which tells of the insides of an archive
         raise WeightsError(f"{path}: ckpt_path: found what torch.jit.load cannot read, {wanted}") from error
-    _require_same(path, exported.state_dict(), network.state_dict())
+    require_same(path, exported.state_dict(), network.state_dict())
     window = traced_window(exported)
     if window not in (None, list(roi_size)):
         raise WeightsError(
@@ -150,30 +150,3 @@ def traced_window(network: torch.jit.ScriptModule) -> list[int] | None:
         said = str(error)
     named = re.search(r"window: found .*, expected \[([\d, ]+)\]", said)
     return None if named is None else [int(side) for side in named[1].split(",")]
-
-
-def _require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Tensors of a file that have the names and shapes of those of the config's network."""
-    differing = [
-        name
-        for name in {**expected, **found}
-        if name not in found or name not in expected or found[name].shape != expected[name].shape
-    ]
-    if not differing:
-        return
-    sizes, wanted = _channels(found), _channels(expected)
-    for key in wanted:
-        if sizes.get(key, wanted[key]) != wanted[key]:
-            raise WeightsError(f"{path}: {key}: found {sizes[key]} channels, expected {wanted[key]}")
-    raise WeightsError(
-        f"{path}: network_def: found {describe(found)}, expected {describe(expected)}; {len(differing)} tensor(s) have "
-        f"another shape or are in one of them alone ({differing[0]}). Choose the overlays and sizes of the export"
-    )
-
-
-def _channels(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Channels of a network's input and output, by the keys of the config: those of its first and last convolution."""
-    convolutions = [tensor for tensor in state.values() if tensor.ndim == 5]
-    if not convolutions:
-        return {}
-    return {"in_channels": convolutions[0].shape[1], "classes": convolutions[-1].shape[0]}

@@ -216,8 +216,7 @@ def load_pretrained(
             embeddings of another crop than `roi_size`, or of one that has to be given. The network is untouched.
     """
     last = _last_level(network, parts, decoder_levels)
-    _check_fraction(min_fraction)
-    _check_roi(roi_size)
+    _check_numbers(min_fraction, roi_size)
     rescale = parse_bool(rescale)
     if pretrained is None:
         return Transfer(network, TransferReport(None))
@@ -263,12 +262,9 @@ def _last_level(network: nn.Module, parts: str, decoder_levels: int | None) -> i
     return decoder_levels
 
 
-def _check_fraction(min_fraction: float) -> None:
+def _check_numbers(min_fraction: float, roi_size: Sequence[int] | None) -> None:
     if not isinstance(min_fraction, int | float) or not 0 <= min_fraction <= 1:
         raise ValueError(f"pretrained_min_fraction must be a number from 0 to 1; found {min_fraction!r}")
-
-
-def _check_roi(roi_size: Sequence[int] | None) -> None:
     if roi_size is None:
         return
     sides = list(roi_size) if isinstance(roi_size, Sequence) else []
@@ -542,8 +538,7 @@ def _say_transfer(path: str, parser: ConfigParser) -> None:
     settings = {name: parser.get_parsed_content(key) for name, key in SETTINGS.items()}
     network = parser.get_parsed_content("network_def")
     last = _last_level(network, settings["parts"], settings["decoder_levels"])
-    _check_fraction(settings["min_fraction"])
-    _check_roi(settings["roi_size"])
+    _check_numbers(settings["min_fraction"], settings["roi_size"])
     _, report = _plan(network, path, last, parse_bool(settings["rescale"]), settings["roi_size"])
     print_table(report.lines())
     _require(report, settings["min_fraction"])

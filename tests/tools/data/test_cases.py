@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,12 +149,6 @@ def test_brats_leaves_out_the_validation_set(tmp_path, caplog):
         find_cases(tmp_path / "Validation", "brats", MODALITIES)
 
 
-def test_brats_refuses_a_channel_that_is_there_twice(tmp_path):
-    brats_case(tmp_path, 1)
-    touch(tmp_path, f"{CASE.format(1)}/{CASE.format(1)}_t2.nii")
-    assert "_t2.nii and " in problems_of(tmp_path, "brats", MODALITIES)[0]
-
-
 def test_brats_wants_modalities(tmp_path):
     with pytest.raises(ScanError, match=r"modalities: found None, expected names of the channels"):
         find_cases(brats_case(tmp_path, 1), "brats")
@@ -267,19 +260,6 @@ def test_split_depends_on_neither_place_nor_order():
     for first, second in zip(split_cases(here, 5, 0, 1, 2), split_cases(there, 5, 0, 1, 2), strict=True):
         assert relative(first, "/a/b") == relative(second, "/z")
     assert split_cases(here, 5, 0, 2, 2) != split_cases(here, 5, 0, 1, 2)
-
-
-def test_found_cases_split_the_same_in_another_place(tmp_path, monkeypatch):
-    brats = tmp_path / "here"
-    for number in range(12):
-        brats_case(brats, number)
-    shutil.copytree(brats, tmp_path / "z/elsewhere")
-    monkeypatch.chdir(tmp_path / "z")
-    settings = ("brats", MODALITIES, 1, 3, 5, 0.6, 7)
-    first = find_training_cases(str(brats), None, *settings)
-    second = find_training_cases("elsewhere", None, *settings)
-    for part in ("training", "validation"):
-        assert relative(getattr(first, part), brats) == relative(getattr(second, part), "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -421,14 +401,6 @@ def test_a_datalist_without_labels_is_refused(listed_set, entries, message):
     path = write_json(listed_set / "list.json", {"training": entries})
     with pytest.raises(ScanError, match=message):
         training_cases(listed_set, path)
-
-
-def test_training_cases_of_btcv(tmp_path):
-    for case in btcv_cases(USUAL, tmp_path):
-        touch(tmp_path, case["image"], case["label"])
-    cases = training_cases(tmp_path, layout="btcv", fold=None)
-    assert (len(cases.training), len(cases.validation), cases.test) == (24, 6, [])
-    assert training_cases(tmp_path, layout="btcv", fold=0).validation != cases.validation
 
 
 # ------------------------------------------------------------------------------------------------- inference

@@ -46,15 +46,8 @@ def test_reconstruction_figure(as_tensor, tmp_path):
     arrays = phantom((96, 96, 96))
     image, masked, reconstruction, counted = map(torch.tensor, arrays) if as_tensor else arrays
     path = tmp_path / "new" / "folder" / "epoch=0001.png"
-    reconstruction_figure(
-        path,
-        image,
-        masked,
-        reconstruction,
-        title="case_0000, $epoch 1",
-        spacing=(1.5, 1.5, 2.0),
-        counted=counted,
-    )
+    arguments = {"title": "case_0000, $epoch 1", "spacing": (1.5, 1.5, 2.0), "counted": counted}
+    reconstruction_figure(path, image, masked, reconstruction, **arguments)
     assert Image.open(path).width == 1100
     assert 20_000 < path.stat().st_size < 400_000
     assert [file.name for file in path.parent.iterdir()] == ["epoch=0001.png"]  # no temporary file is left
@@ -94,18 +87,15 @@ def test_voxels_keep_their_proportions(tmp_path):
     assert heights[1] > 1.8 * heights[0]
 
 
-def test_nothing_counted(tmp_path):
+@pytest.mark.parametrize("what", ["nothing is counted", "a reconstruction without numbers"])
+def test_a_picture_is_drawn_although(what, tmp_path):
     image, masked, reconstruction, counted = phantom()
-    path = tmp_path / "figure.png"
-    reconstruction_figure(path, image, masked, reconstruction, title="t", counted=np.zeros_like(counted))
-    assert path.is_file()
-
-
-def test_a_reconstruction_without_numbers_is_still_drawn(tmp_path):
-    image, masked, reconstruction, counted = phantom()
-    path = tmp_path / "figure.png"
-    reconstruction_figure(path, image, masked, np.full_like(reconstruction, np.nan), title="t", counted=counted)
-    assert path.is_file()
+    if what == "nothing is counted":
+        counted[:] = False
+    else:
+        reconstruction[:] = np.nan
+    reconstruction_figure(tmp_path / "figure.png", image, masked, reconstruction, title="t", counted=counted)
+    assert (tmp_path / "figure.png").is_file()
 
 
 def test_shapes_that_do_not_fit(tmp_path):
@@ -182,16 +172,11 @@ def test_without_a_label_the_planes_go_through_the_prediction(tmp_path):
     assert share_of(tmp_path / "nothing.png", CLASS_COLOURS[0]) == 0
 
 
-def test_segmentation_of_a_constant_image_or_without_numbers(tmp_path):
-    _, masks = regions()
-    for value in (0.0, np.nan):
-        image = np.full(masks.shape[1:], value)
-        segmentation_figure(tmp_path / "figure.png", image, {"label": masks, "prediction": masks}, ["a", "b", "c"], "t")
-        assert (tmp_path / "figure.png").is_file()
-
-
-def test_more_classes_than_colours(tmp_path):
+@pytest.mark.parametrize("value", [None, 0.0, np.nan])
+def test_more_classes_than_colours_and_images_without_contrast_or_numbers(tmp_path, value):
     image, masks = regions()
+    if value is not None:
+        image[:] = value
     many = np.repeat(masks, 7, axis=0)
     names = [f"a class with quite a long name, number {n}" for n in range(21)]
     segmentation_figure(tmp_path / "figure.png", image, {"label": many, "prediction": many}, names, "t")

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import venv
 import zipfile
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
@@ -68,110 +69,87 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def archive(dist, name, members):
-    """A zip file of these members: names, or `ZipInfo`, and contents."""
-    path = dist / f"{name}.zip"
-    with zipfile.ZipFile(path, "w") as content:
-        for member, text in members:
-            content.writestr(member, text)
-    return path
-
-
 # ---------------------------------------------------------------------------------------------------- install
 
 
-@pytest.mark.parametrize("upper", [False, True])
-def test_a_bundle_is_installed_as_it_was_released(server, dist, tmp_path, upper, capsys):
-    path = dist / f"{NAME}_v0.1.0.zip"
-    digest = sha256(path).upper() if upper else sha256(path)
-    install(f"{server}/{path.name}", digest, str(tmp_path / "new/folder"))
-    assert capsys.readouterr().out == f"installed {tmp_path / 'new/folder' / NAME}\n"
+@pytest.mark.parametrize("from_server", [True, False])
+def test_a_bundle_is_installed_as_it_was_released(server, dist, tmp_path, from_server, capsys):
+    path, folder = dist / f"{NAME}_v0.1.0.zip", tmp_path / "new/folder"
+    install(f"{server}/{path.name}" if from_server else path.as_uri(), sha256(path).upper(), str(folder))
+    assert capsys.readouterr().out.endswith(f"installed {folder / NAME}\n")
     content = zipfile.ZipFile(path)
-    folder = tmp_path / "new/folder"
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == set(content.namelist())
     assert all((folder / name).read_bytes() == content.read(name) for name in found)
     assert [file.name for file in folder.iterdir()] == [NAME]
 
 
-def test_a_file_url_will_do(dist, tmp_path):
-    path = dist / f"{NAME}_v0.1.0.zip"
-    install(path.as_uri(), sha256(path), str(tmp_path))
-    assert (tmp_path / NAME / "configs/train.yaml").is_file()
-
-
-def refused(url, digest, folder, match, error=InstallError):
-    with pytest.raises(error, match=match):
+def refused(url, digest, folder, match):
+    with pytest.raises(InstallError, match=match):
         install(url, digest, str(folder))
     assert list(folder.iterdir()) == []
 
 
-def test_another_hash_is_refused(server, dist, tmp_path):
-    path = dist / f"{NAME}_v0.1.0.zip"
-    refused(f"{server}/{path.name}", "0" * 64, tmp_path, f"its SHA-256 is {sha256(path)}, expected 0000")
+def zipped(*members):
+    """The bytes of a zip file of these members: names, or `ZipInfo`, and contents."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as content:
+        for member, text in members:
+            content.writestr(member, text)
+    return buffer.getvalue()
 
 
-def test_a_zip_that_was_tampered_with_is_refused(server, dist, tmp_path):
-    path = dist / f"{NAME}_v0.1.0.zip"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    (dist / "tampered.zip").write_bytes(content)
-    refused(f"{server}/tampered.zip", sha256(path), tmp_path, "its SHA-256 is")
-    # somebody who trusts the wrong file is still told: every member has a checksum
-    refused(f"{server}/tampered.zip", sha256(dist / "tampered.zip"), tmp_path, "is not a zip file that can be unpacked")
+def with_a_changed_byte(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def test_a_download_that_breaks_off_is_refused(server, dist, tmp_path):
-    path = dist / f"{NAME}_v0.1.0.zip"
-    refused(f"{server}/broken/{path.name}", sha256(path), tmp_path, "the download broke off")
-
-
-def test_half_a_zip_is_refused(server, dist, tmp_path):
-    content = (dist / f"{NAME}_v0.1.0.zip").read_bytes()
-    (dist / "half.zip").write_bytes(content[: len(content) // 2])
-    refused(f"{server}/half.zip", sha256(dist / "half.zip"), tmp_path, "is not a zip file that can be unpacked")
-
-
-def test_a_missing_file_and_a_silent_server_are_refused(server, tmp_path):
-    refused(f"{server}/nosuch.zip", "0" * 64, tmp_path, "404", error=OSError)
-    refused("http://127.0.0.1:9/a.zip", "0" * 64, tmp_path, "refused", error=OSError)
-
-
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "b/../../evil.txt", "b\\..\\evil.txt", "C:evil.txt"])
-def test_a_path_that_leads_out_is_refused(server, dist, tmp_path, name):
-    members = [("b/configs/metadata.json", "{}"), (name, "x")]
-    path = archive(dist, "evil", members)
-    refused(f"{server}/evil.zip", sha256(path), tmp_path, "expected files inside one folder, and no links")
-
-
-def test_a_link_is_refused(server, dist, tmp_path):
-    link = zipfile.ZipInfo("b/link")
-    link.create_system, link.external_attr = 3, 0o120777 << 16
-    path = archive(dist, "link", [("b/configs/metadata.json", "{}"), (link, "/etc/passwd")])
-    refused(f"{server}/link.zip", sha256(path), tmp_path, "no links")
+METADATA = ("b/configs/metadata.json", "{}")
 
 
 @pytest.mark.parametrize(
-    ("members", "match"),
+    ("change", "match"),
     [
-        ([("a/configs/metadata.json", "{}"), ("b/x", "")], r"holds \['a', 'b'\]"),
-        ([("a/x", "")], r"has no a/configs/metadata\.json"),
-        ([], r"holds \[\]"),
+        (with_a_changed_byte, "Bad CRC-32"),  # with the hash of the wrong file: every member has a checksum
+        (lambda content: content[: len(content) // 2], "File is not a zip file"),
+        (lambda content: zipped(("a/configs/metadata.json", "{}"), ("b/x", "")), r"holds \['a', 'b'\]"),
+        (lambda content: zipped(("a/x", "")), r"holds \['a'\], expected .* configs/metadata\.json"),
+        (lambda content: zipped(), r"holds \[\], expected the folder of one bundle"),
     ],
 )
-def test_what_is_no_single_bundle_is_refused(server, dist, tmp_path, members, match):
-    path = archive(dist, "other", members)
-    refused(f"{server}/other.zip", sha256(path), tmp_path, match)
+def test_a_file_that_is_no_single_bundle_is_refused(server, dist, tmp_path, change, match):
+    (dist / "other.zip").write_bytes(change((dist / f"{NAME}_v0.1.0.zip").read_bytes()))
+    refused(f"{server}/other.zip", sha256(dist / "other.zip"), tmp_path, match)
 
 
-def test_what_needs_more_than_the_disk_has_is_refused(server, dist, tmp_path):
-    """The size of a member is read from the archive's own list, before anything is unpacked."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as content:
-        content.writestr("a/configs/metadata.json", "{}")
-        content.getinfo("a/configs/metadata.json").file_size = 2**60
-    (dist / "bomb.zip").write_bytes(buffer.getvalue())
-    refused(f"{server}/bomb.zip", sha256(dist / "bomb.zip"), tmp_path, f"needs {2**60} bytes")
+@pytest.mark.parametrize("member", ["../evil.txt", "b/../../evil.txt", "/tmp/evil_of_a_bundle.txt", "link"])
+def test_nothing_is_written_outside_of_the_folder(server, dist, tmp_path, member):
+    """Whether MONAI and Python refuse such a path or shorten it; a link becomes an ordinary file."""
+    if member == "link":
+        member = zipfile.ZipInfo("b/link")
+        member.create_system, member.external_attr = 3, 0o120777 << 16
+    (dist / "evil.zip").write_bytes(zipped(METADATA, (member, "/etc/passwd")))
+    (tmp_path / "bundles").mkdir()
+    with suppress(InstallError):
+        install(f"{server}/evil.zip", sha256(dist / "evil.zip"), str(tmp_path / "bundles"))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundles"]
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    assert not Path("/tmp/evil_of_a_bundle.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "digest", "match"),
+    [
+        ("{server}/{file}", "0" * 64, "check of downloaded file failed: .*expected sha256=0000"),
+        ("{server}/{file}", "abc", "expected sha256=abc"),
+        ("{server}/broken/{file}", "0" * 64, r"retrieval incomplete: got only \d+ out of \d+ bytes"),
+        ("{server}/nosuch.zip", "0" * 64, "nosuch.zip: HTTP Error 404"),
+        ("http://127.0.0.1:9/a.zip", "0" * 64, "http://127.0.0.1:9/a.zip: .*refused"),
+        ("a.zip", "0" * 64, "unknown url type: 'a.zip'"),
+    ],
+)
+def test_a_download_that_is_not_the_file_is_refused(server, tmp_path, url, digest, match):
+    refused(url.format(server=server, file=f"{NAME}_v0.1.0.zip"), digest, tmp_path, match)
 
 
 def test_a_bundle_that_is_there_is_left_alone(server, dist, tmp_path):
@@ -183,16 +161,6 @@ def test_a_bundle_that_is_there_is_left_alone(server, dist, tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == [NAME, "mine.txt"]
 
 
-@pytest.mark.parametrize("digest", ["", "abc", "g" * 64, 12])
-def test_what_is_no_hash_is_refused(tmp_path, digest):
-    refused("http://127.0.0.1:9/a.zip", digest, tmp_path, "expected 64 hexadecimal digits")
-
-
-@pytest.mark.parametrize("url", ["a.zip", "ftp://127.0.0.1/a.zip", "data:,a"])
-def test_other_urls_are_refused(tmp_path, url):
-    refused(url, "0" * 64, tmp_path, "expected a URL that begins with http, https, file")
-
-
 def test_the_three_commands_follow_each_other(command, server, sources, tmp_path):
     """As a user types them: release, install (first with a wrong hash), verify."""
     done = command("-m", "tools", "release", sources / NAME, output=tmp_path / "dist", base_url=server)
@@ -202,13 +170,14 @@ def test_the_three_commands_follow_each_other(command, server, sources, tmp_path
     options = {"bundle_dir": tmp_path / "bundles", "check": False}
     failed = command("-m", "tools", "install", url, sha256="0" * 63 + "1", **options)
     assert failed.returncode == 1
-    assert failed.stderr.endswith(f"InstallError: {url}: its SHA-256 is {digest}, expected {'0' * 63}1\n")
+    assert failed.stderr.splitlines()[-1].startswith(f"InstallError: {url}: ")
+    assert digest in failed.stdout  # what was found
     assert command("-m", "tools", "install", url, sha256=digest, **options).returncode == 0
     done = command("-m", "tools", "verify", tmp_path / "bundles" / NAME)
     assert "wrong" not in done.stdout
 
 
-# ------------------------------------------------------------------------------ with MONAI alone, far from here
+# ------------------------------------------------------------------------------ with MONAI alone
 
 
 def packages(names):
@@ -225,7 +194,7 @@ def packages(names):
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory, dist):
-    """Runs Python in a virtual environment that has only what the bundles' metadata names, in a folder far from here.
+    """Runs Python in a virtual environment that has only what the bundles' metadata names, in another folder.
 
     The environment is a new one. Its site-packages hold links to the files of exactly those distributions, and of
     what they require: neither this project nor anything else that is installed here can be imported.
@@ -282,9 +251,10 @@ def trained(far, downloaded, cases):
     return downloaded / NAME
 
 
-@pytest.mark.parametrize("module", ["tools", "scripts", "mlflow", "onnx", "jsonschema", "pytest"])
-def test_nothing_else_can_be_imported(far, module):
-    assert f"No module named '{module}'" in far("-c", f"import {module}", check=False).stderr
+def test_nothing_else_can_be_imported(far):
+    others = ("tools", "scripts", "mlflow", "onnx", "jsonschema", "pytest")
+    code = f"import importlib.util as u; print([name for name in {others} if u.find_spec(name)])"
+    assert far("-c", code).stdout == "[]\n"
 
 
 def test_a_downloaded_bundle_segments_after_its_training(far, trained, cases):

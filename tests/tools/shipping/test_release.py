@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser
-from monai.networks.nets import UNETR, SwinUNETR
+from monai.networks.nets import UNETR
 
 from tools.shipping.release import merge_overlay, release, stage
 from tools.shipping.verify import BUNDLES, BundleError, build_network, find_bundles
@@ -189,10 +189,6 @@ def test_a_variant_says_what_it_is(variants, name):
     }
 
 
-def test_a_variant_is_another_network(variants):
-    assert isinstance(build_network(variants / "hybridmim_spleen_seg_swin_unetr"), SwinUNETR)
-
-
 def test_values_that_a_variant_leaves_as_they_are_do_not_differ(bundle, tmp_path):
     folder = stage(bundle, tmp_path, "unetr")
     network = build_network(folder)
@@ -237,31 +233,6 @@ def refused(folder, tmp_path, match, **options):
     assert not (tmp_path / "dist").exists()
 
 
-def test_a_version_without_a_changelog_entry_is_refused(bundle, tmp_path):
-    edit(bundle / "configs/metadata.json", version="0.2.0")
-    refused(bundle, tmp_path, r"version 0\.2\.0 has no entry in changelog \['0\.1\.0'\]")
-
-
-@pytest.mark.parametrize("key", ["task", "network_data_format", "monai_version"])
-def test_metadata_without_a_key_is_refused(bundle, tmp_path, key):
-    edit(bundle / "configs/metadata.json", **{key: None})
-    refused(bundle, tmp_path, f"metadata.json: {key} is NoneType, expected")
-
-
-def test_metadata_that_is_no_json_is_refused(bundle, tmp_path):
-    (bundle / "configs/metadata.json").write_text("{")
-    refused(bundle, tmp_path, r"metadata\.json: is not valid JSON")
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [("train", "a: [1"), ("inference", "a: 1\na: 2\n"), ("small", "no#such#key: 1\n"), ("evaluate", "a: '%no'\n")],
-)
-def test_configs_that_do_not_parse_are_refused(bundle, tmp_path, config, text):
-    (bundle / f"configs/{config}.yaml").write_text(text)
-    refused(bundle, tmp_path, rf"configs/{config}\.yaml: ")
-
-
 def test_weights_of_another_network_are_refused(bundle, tmp_path):
     torch.save({"conv.weight": torch.ones(3)}, tmp_path / "other.pt")
     refused(bundle, tmp_path, "conv.weight", weights=str(tmp_path / "other.pt"))
@@ -282,9 +253,7 @@ def test_one_bad_bundle_stops_all(bundle, sources, tmp_path):
     assert not (tmp_path / "dist").exists()
 
 
-def test_an_unknown_bundle_and_an_unknown_variant_are_refused(bundle, tmp_path):
-    with pytest.raises(BundleError, match="nosuch: no such bundle"):
-        release("nosuch", output=str(tmp_path / "dist"))
+def test_an_unknown_variant_is_refused(bundle, tmp_path):
     refused(bundle, tmp_path, r"has no configs/vit\.yaml", variant="vit")
 
 

@@ -20,8 +20,7 @@ GEOMETRY = Geometry(roi_size=[32] * 3, region_size=[16] * 3, patch_size=[8] * 3,
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
 
 
@@ -211,19 +210,6 @@ def test_masked_autoencoder_becomes_the_encoder_of_a_unetr(tmp_path, prefix):
         torch.testing.assert_close(tokens, source.eval().blocks(source.patch_embedding(image)))
 
 
-def test_a_whole_unetr_with_and_without_its_decoder(tmp_path):
-    source = unetr(classes=5)
-    path = saved(tmp_path / "model.pt", source.state_dict())
-    for parts in ("encoder", "all"):
-        network = unetr()
-        before = copied(network)
-        transfer = load_pretrained(network, path, parts)
-        for name, tensor in network.state_dict().items():
-            loaded = name.startswith("vit.") or (parts == "all" and not name.startswith("out."))
-            assert torch.equal(tensor, (source.state_dict() if loaded else before)[name]), name
-        assert transfer.report.filled == transfer.report.asked
-
-
 # ------------------------------------------------------------------------------------------------ position embeddings
 
 POSITIONS = "vit.patch_embedding.position_embeddings"
@@ -353,16 +339,6 @@ def test_other_kinds_of_network_are_refused():
         ValueError, match=r"BasicUNet, SwinUNETR or UNETR, found a Conv3d with the modules weight, bias"
     ):
         load_pretrained(torch.nn.Conv3d(1, 1, 1), None)
-
-
-def test_the_output_layer_stays_fresh_although_it_would_fit(tmp_path):
-    for make, layer in ((unet, "final_conv"), (swin, "out"), (unetr, "out")):
-        network = make()
-        before = copied(network)
-        transfer = load_pretrained(network, saved(tmp_path / "weights.pt", make().state_dict()), "all")
-        outputs = [tensor for tensor in transfer.report.tensors if tensor.name.startswith(layer)]
-        assert [(t.fate, t.why) for t in outputs] == [("left out", "the output layer starts at random")] * 2
-        assert all(torch.equal(network.state_dict()[t.name], before[t.name]) for t in outputs)
 
 
 # --------------------------------------------------------------------------------------------------- channels, shapes
@@ -512,13 +488,6 @@ def test_only_what_was_loaded_is_rescaled(tmp_path):
     assert torch.equal(network.upcat_4.convs.conv_0.conv.weight, before["upcat_4.convs.conv_0.conv.weight"])
 
 
-def test_the_encoder_of_a_unetr_has_nothing_to_rescale(tmp_path):
-    source, network = vit(), unetr()
-    path = saved(tmp_path / "backbone.pt", source.state_dict())
-    assert load_pretrained(network, path, rescale=True).report.rescaled == 0
-    assert all(torch.equal(t, source.state_dict()[name]) for name, t in network.vit.state_dict().items())
-
-
 # ------------------------------------------------------------------------------------------------------- the command
 
 TRAIN = """
@@ -584,17 +553,18 @@ def test_inspect_says_what_a_file_holds(model, capsys):
     assert found["other"] == "2 of number_head, 2 of location_head, 2 of projection"
 
 
-def test_inspect_knows_the_published_swin_encoder(tmp_path, capsys):
-    inspect(saved(tmp_path / "model_swinvit.pt", published_swin(swin())))
-    found = {name: text.strip() for name, text in rows(capsys).items()}
-    assert found["looks like"] == "the encoder of a SwinUNETR with 1 input channel(s) and 12 features"
-    assert found["names"] == "begin with `module.` in place of `swinViT.`"
-    assert (found["encoder"], found["decoder"]) == ("126 tensors", "0 tensors")
-
-
 @pytest.mark.parametrize(
     ("state", "found"),
     [
+        (
+            lambda: published_swin(swin()),
+            {
+                "looks like": "the encoder of a SwinUNETR with 1 input channel(s) and 12 features",
+                "names": "begin with `module.` in place of `swinViT.`",
+                "encoder": "126 tensors",
+                "decoder": "0 tensors",
+            },
+        ),
         (
             lambda: prefixed("backbone.", vit(roi=(48, 48, 48)).state_dict()),
             {
@@ -627,9 +597,9 @@ def test_inspect_knows_the_published_swin_encoder(tmp_path, capsys):
             },
         ),
     ],
-    ids=["ViT", "MaskedAutoEncoderViT", "UNETR"],
+    ids=["SwinViT", "ViT", "MaskedAutoEncoderViT", "UNETR"],
 )
-def test_inspect_knows_vits(tmp_path, capsys, state, found):
+def test_inspect_knows_encoders(tmp_path, capsys, state, found):
     inspect(saved(tmp_path / "weights.pt", state()))
     said = {name: text.strip() for name, text in rows(capsys).items()}
     assert {name: said[name] for name in found} == found
@@ -659,9 +629,6 @@ def test_inspect_prints_the_table_of_a_bundle(model, bundle, capsys):
     assert found["total"] == "encoder 40 of 40, decoder 0 of 40, output 0 of 2 tensors filled"
     report = load_pretrained(unet(4, 3), model).report
     assert {name: found[name] for name, _ in report.lines()} == dict(report.lines())
-
-
-def test_inspect_with_overlays(model, bundle, capsys):
     inspect(model, config_file=[str(bundle / "configs/train.yaml"), str(bundle / "configs/small.yaml")])
     found = {name: text.strip() for name, text in rows(capsys).items()}
     assert found["upcat_1"] == "10 loaded"
