@@ -383,7 +383,7 @@ def test_simclr_in_two_processes(command, ct_scans, tmp_path):
     assert float(row["loss_cl"]) == pytest.approx(math.log(7), abs=0.1)  # eight views of four pairs
 
 
-def test_a_resumed_mae_ends_as_the_uninterrupted_one(workflow, ct_scans, tmp_path):
+def test_a_resumed_mae_ends_as_the_uninterrupted_one(workflow, ct_scans, tmp_path, capsys):
     options = {**TINY, **TINY_VIT, "dataset_dir": str(ct_scans), "epochs": 3}
 
     def train(folder, **more):
@@ -395,4 +395,5 @@ def test_a_resumed_mae_ends_as_the_uninterrupted_one(workflow, ct_scans, tmp_pat
     first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), first.trainer.terminate)
     first.run()
     resumed = train("cut", resume=True)
+    assert "resumed from" in capsys.readouterr().out
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -149,7 +149,7 @@ def test_another_network_is_refused_before_any_work(trained, workflow, samples, 
     assert not list(tmp_path.rglob("*_seg.nii.gz"))
 
 
-def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, workflow, tmp_path):
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, workflow, tmp_path, capsys):
     """A run that is killed: in the tests of pre-training."""
     options = {**TRAINING, "dataset_dir": str(samples("hippocampus"))}
     first = workflow("hippocampus", "train", ["train"], **options)
@@ -158,6 +158,7 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(trained, samp
     first.run()
     assert newest_checkpoint(tmp_path / "models") == tmp_path / "models/checkpoint_epoch=2.pt"
     workflow("hippocampus", "train", ["train"], **options, resume=True).run()
+    assert "resumed from" in capsys.readouterr().out
     expected, found = (torch.load(f / "models/model.pt", weights_only=True) for f in (trained[0], tmp_path))
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
