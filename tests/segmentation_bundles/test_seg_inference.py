@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from monai.transforms import LoadImage
 from threshold_network import Thresholds
 
 from image_files import write_dicom
+
+from .bundles import ROOT, bundle
 
 BOUNDS = [-0.1, 0.25, 0.5, 0.75, 1.1]  # of intensities −175…250 HU, scaled to 0…1: background and three classes
 CLASSES = {"dark": [1], "grey": [2], "bright": [3]}
@@ -145,3 +149,11 @@ def test_brats_as_four_files_or_one(workflow, samples, tmp_path):
         maps.append(np.asarray(nib.load(path).dataobj))
     assert set(np.unique(maps[0])) <= {0, 1, 2, 4} and maps[0].any()
     np.testing.assert_array_equal(maps[0], maps[1])
+
+
+def test_inference_needs_neither_itk_nor_matplotlib(command):
+    """Everything that `inference.yaml` names can be imported without them."""
+    text = (ROOT / bundle("btcv") / "configs/inference.yaml").read_text()
+    named = re.findall(r"from (tools[\w.]+) import|_target_: (tools[\w.]+)\.\w+", text)
+    modules = ", ".join(sorted({module for pair in named for module in pair if module}))
+    command("-c", f"import sys; sys.modules |= dict.fromkeys(['itk', 'matplotlib']); import {modules}")
