@@ -69,15 +69,8 @@ def _by_labels(made: Sequence[Row]) -> list[tuple[Row, float]]:
 
 def _dice(findings: Findings) -> str:
     made = [row for row in rows(findings.study, 1) if row.fractions]
-    fractions = sorted({fraction for row in made for fraction in row.fractions})
-    head = ["network", "method", *(f"{f:g} ({findings.study.labelled(f)} cases)" for f in fractions)]
-    means, gains, classes, names = [], [], [], (*findings.classes(), MEAN)
-    for row in made:
-        first = [row.arm.network, row.name]
-        means.append([*first, *(_mean_dice(findings, row.arm, f) if f in row.fractions else "" for f in fractions)])
-        if row.arm.method != "scratch":
-            against = (_gain(findings, row.arm, row.arm.baseline, f) if f in row.fractions else "" for f in fractions)
-            gains.append([*first, *against])
+    others = [row for row in made if row.arm.method != "scratch"]
+    classes, names = [], (*findings.classes(), MEAN)
     for row, fraction in _by_labels(made):
         rate = findings.rate(row.arm, fraction)
         first = [row.arm.network, f"{fraction:g}", row.name, MISSING if rate is None else f"{rate:g}"]
@@ -85,14 +78,24 @@ def _dice(findings: Findings) -> str:
     return "\n\n".join(
         [
             "Mean over classes, by share of the training cases:",
-            markdown(head, means),
+            _by_fraction(findings, made, lambda arm, f: _mean_dice(findings, arm, f)),
             "Difference to training from scratch: same test cases, same labels, same seed, paired; mean over cases and "
             "seeds:",
-            markdown(head, gains),
+            _by_fraction(findings, others, lambda arm, f: _gain(findings, arm, arm.baseline, f)),
             "By class, at the learning rate that was chosen:",
             markdown(["network", "labels", "method", "rate", *names], classes),
         ]
     )
+
+
+def _by_fraction(findings: Findings, made: Sequence[Row], value: Callable[[Arm, float], str]) -> str:
+    fractions = sorted({fraction for row in made for fraction in row.fractions})
+    lines = [
+        [row.arm.network, row.name, *(value(row.arm, f) if f in row.fractions else "" for f in fractions)]
+        for row in made
+    ]
+    head = ["network", "method", *(f"{f:g} ({findings.study.labelled(f)} cases)" for f in fractions)]
+    return markdown(head, lines)
 
 
 # -------------------------------------------------------------------------------------------------------- table 2
