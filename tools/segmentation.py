@@ -6,6 +6,7 @@ organs (`{spleen: [1], liver: [6]}`) and nested tumour regions (`{TC: [1, 4], WT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -153,6 +154,9 @@ class ToLabelMapd(Transform):
             pred = self._exclusive(self._inverted(data, kept))
         else:
             pred = self._overlapping(self._inverted(data, kept))
+        # of several channel files MONAI keeps that there was a channel axis, and its writer then takes the affine of a
+        # label map for that of a plane: scans with permuted axes could not be saved
+        pred.meta["original_channel_dim"] = math.nan
         out = {**data, "pred": pred}
         if self.probabilities:
             out["prob"] = MetaTensor(torch.cat(kept).half(), meta=kept[0].meta)
