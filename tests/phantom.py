@@ -52,9 +52,8 @@ def make_phantom(values: Sequence[int], intensity: Callable[[int, int], float], 
     for number in range(len(values)):
         # one class alone must not lie in the middle either
         at = places[(5 * number + seed + 1) % len(places)]
-        start = [
-            place * s + 3 + (number + seed + axis) % 2 for axis, (place, s) in enumerate(zip(at, side, strict=True))
-        ]
+        shift = [(number + seed + axis) % 2 for axis in range(3)]
+        start = [place * s + 3 + extra for place, s, extra in zip(at, side, shift, strict=True)]
         size = (6 + number % 2, 9 + (number + 1) % 2, 8)
         body[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = number + 1
     label = np.array([0, 0, *values], np.uint8)[levels + 1]

@@ -268,7 +268,7 @@ def test_a_turned_crop_holds_whole_classes_where_its_image_shows_them(name, case
 
 @EVERY_BUNDLE
 def test_evaluation_and_inference_see_what_training_sees(name, cases, parse):
-    (phantom, case), *_ = cases(name)
+    (_, case), *_ = cases(name)
     training = loaded(parse(name, ["train"]), case)
     evaluation = loaded(parse(name, ["train", "evaluate"]), case)
     inference = parse(name, ["inference"]).get_parsed_content("preprocessing")({"image": case["image"]})
@@ -284,7 +284,7 @@ def test_evaluation_and_inference_see_what_training_sees(name, cases, parse):
 def voxelwise(name, phantom):
     """A 1×1×1 convolution that segments the phantom of a bundle, and nothing else: its definition and weights."""
     values, classes = table(name, phantom), read(name, "train")["classes"]
-    channels, count = values.shape
+    channels = len(values)
     if read(name, "train")["activation"] == "softmax":  # the nearest level; classes stand in the order of levels
         weight = 2 * values.T
         bias = -(values**2).sum(0)
@@ -572,12 +572,8 @@ def test_the_encoders_rate_is_that_of_the_encoder(run):
 
 @EVERY_BUNDLE
 def test_every_bundle_warms_up_and_decays_over_its_own_epochs(name, cases, datalist, parse):
-    parser = parse(
-        name,
-        ["train"],
-        datalist=datalist(name),
-        **{**TINY_TRAINING, "cache": "none", "epochs": 40, "warmup_epochs": 10},
-    )
+    options = {**TINY_TRAINING, "cache": "none", "epochs": 40, "warmup_epochs": 10}
+    parser = parse(name, ["train"], datalist=datalist(name), **options)
     scheduler, optimizer = (parser.get_parsed_content(f"train#{key}") for key in ("lr_scheduler", "optimizer"))
     rates = []
     for _ in range(41):
