@@ -16,6 +16,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import create_workflow
+from monai.data import MetaTensor
 from phantom import BODY, SHAPE, SPACING, make_phantom, save_in
 from scipy import ndimage
 
@@ -177,6 +178,17 @@ def test_a_file_is_turned_scaled_and_cropped_with_its_label(name, cases, parse):
     assert_label_is_threshold(item, phantom, table(name, phantom))
 
 
+@pytest.mark.parametrize("name", WINDOW)
+def test_intensities_beyond_the_window_are_its_ends(name, parse, tmp_path):
+    low, high = WINDOW[name]
+    image = np.random.default_rng(1).integers(low - 400, high + 400, size=(9, 8, 7)).astype(np.int16)
+    case = {"image": str(save_in("RAS", image, tmp_path / "image.nii.gz"))}
+    case["label"] = str(save_in("RAS", (image > high).astype(np.uint8), tmp_path / "label.nii.gz"))
+    found = array(loaded(parse(name, ["train"], spacing="$None", **NO_CROP), case)["image"])
+    np.testing.assert_allclose(found, scaled(name, image[None]), atol=1e-5)
+    assert (found == 0).any() and (found == 1).any()
+
+
 @EVERY_BUNDLE
 def test_a_resampled_file_is_its_own_interpolation(name, cases, parse):
     """Images linearly, labels to the nearest voxel; against coordinates in mm."""
@@ -332,6 +344,22 @@ def test_a_segmented_scan_is_labelled_where_its_organs_are(name, cases, workflow
     assert nib.aff2axcodes(found.affine) == tuple(ORIENTATION[name])
     np.testing.assert_allclose(found.affine, label.affine, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(label.dataobj))
+
+
+def test_probabilities_are_interpolated_on_their_way_back_to_the_file(cases, parse):
+    """A label map that was predicted on coarse voxels has no steps of their size."""
+    (_, case), *_ = cases("spleen")
+    parser = parse("spleen", ["inference"], spacing=[6.0, 6.0, 6.0], save_probabilities=True, **NO_CROP)
+    item = parser.get_parsed_content("preprocessing")({"image": case["image"]})
+    coarse = item["image"].shape[1]
+    ramp = torch.linspace(-3, 3, coarse)[:, None, None].expand(item["image"].shape[1:])
+    item["pred"] = MetaTensor(torch.stack([torch.zeros_like(ramp), ramp]), meta=item["image"].meta)
+    to_label_map = parser.get_parsed_content("postprocessing").transforms[0]
+    probability = array(to_label_map(item)["prob"])[1].astype(float)
+    axis = next(i for i, c in enumerate(ORIENTATION["spleen"]) if c in "LR")
+    line = np.moveaxis(probability, axis, 0)[:, 5, 5]
+    assert len(line) == SHAPE[0] and coarse < len(line) / 4
+    assert len(np.unique(line)) > 2 * coarse  # nearest voxels would repeat those of the coarse grid
 
 
 @pytest.mark.parametrize("configs", [["train"], ["train", "evaluate"]], ids=["training", "evaluation"])
