@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -67,6 +68,9 @@ class ToLabelMapd(Transform):
             pred = self._exclusive(self._inverted(data, kept))
         else:
             pred = self._overlapping(self._inverted(data, kept))
+        # of several channel files MONAI keeps that there was a channel axis, and its writer then takes the affine of a
+        # label map for that of a plane: scans with permuted axes could not be saved
+        pred.meta["original_channel_dim"] = math.nan
         out = {**data, "pred": pred}
         if self.probabilities:
             out["prob"] = MetaTensor(torch.cat(kept).half(), meta=kept[0].meta)
