@@ -9,6 +9,8 @@ fi
 scans=${1:+$(realpath "$1")}
 cd "$(dirname "$0")"
 . ./setup.sh
+# what MONAI says at every start, and README.md once: configs are code
+export PYTHONWARNINGS="ignore:parsing config_file,ignore:Detected deprecated name"
 
 pretrain=bundles/hybridmim_pretrain
 btcv=bundles/hybridmim_btcv_seg
