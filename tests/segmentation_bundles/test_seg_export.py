@@ -84,7 +84,7 @@ def exported(command, weights):
         if (name, network) == ("hippocampus", "unet"):
             command("-m", "monai.bundle", "ckpt_export", **given)
         else:
-            ckpt_export(**given)
+            ckpt_export(**given, converter_kwargs={"check_trace": False} if network == "swin_unetr" else None)
         return path.with_suffix(".ts")
 
     return make
