@@ -71,3 +71,9 @@ def save_in(orientation: str, array: np.ndarray, path: Path) -> Path:
     )
     nib.save(nib.Nifti1Image(array, affine).as_reoriented(turn), path)
     return path
+
+
+def without_figures(config: dict) -> dict[str, bool]:
+    """Overrides of a train.yaml: the picture after each validation takes longer than the training of a tiny network."""
+    handlers = enumerate(config["validate"]["handlers"])
+    return {f"validate#handlers#{n}#_disabled_": True for n, h in handlers if h["_target_"].endswith("Figure")}

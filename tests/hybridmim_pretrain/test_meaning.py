@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from ignite.engine import Events
 from monai.bundle import create_workflow
 from monai.engines.utils import IterationEvents
 from monai.networks.nets import BasicUNet
-from phantom import BODY, SPACING, make_phantom, save_in
+from monai.transforms import Compose
+from phantom import BODY, SPACING, make_phantom, save_in, without_figures
 from scipy import ndimage
 
+from scripts.backbones import UNetBackbone, whole
+from scripts.masking import Geometry, RandPatchMaskd
 from tools.common.tables import read_metrics
 
 from .bundle import ROOT, TINY, config_files, places
@@ -32,8 +37,6 @@ def ct(tmp_path_factory):
 
 def loaded(parser, item, which="load"):
     """An item through the deterministic steps."""
-    from monai.transforms import Compose
-
     return Compose(parser.get_parsed_content(which))(dict(item))
 
 
@@ -67,8 +70,6 @@ def test_a_ct_is_resampled_along_the_right_axes(parse, ct):
 def test_mr_is_scaled_by_its_own_percentiles_channel_by_channel(parse, tmp_path):
     rng = np.random.default_rng(0)
     array = rng.gamma(2, 1, (20, 24, 18, 2)) * [30, 4000]
-    import nibabel as nib
-
     nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "mr.nii.gz")
     parser = parse(["train", "mri"], in_channels=2, roi_size=[8, 8, 8], foreground_above=-1.0)
     found = np.asarray(loaded(parser, {"image": str(tmp_path / "mr.nii.gz")})["image"])
@@ -127,7 +128,7 @@ OPTIONS = {
     "clip_norm": CLIP,
     "crops_per_volume": 2,
     "checkpoints_kept": 10,
-    "decode_size": [32, 32, 32],
+    **without_figures(yaml.safe_load((ROOT / config_files(["train"])[0]).read_text())),
 }
 
 
@@ -293,9 +294,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, ct_scans, qui
     watched(flow)
     resumed, _ = watched(training(tmp_path, ct_scans, resume=True))
     assert [step["epoch"] for step in resumed] == [3, 3, 4, 4]
-    for mine, whole in zip(resumed, steps[4:], strict=True):
-        assert mine["rate"] == pytest.approx(whole["rate"]) and mine["files"] == whole["files"]
-        assert torch.equal(mine["image"], whole["image"]) and torch.equal(mine["mask"], whole["mask"])
+    for mine, uninterrupted in zip(resumed, steps[4:], strict=True):
+        assert mine["rate"] == pytest.approx(uninterrupted["rate"]) and mine["files"] == uninterrupted["files"]
+        assert torch.equal(mine["image"], uninterrupted["image"]) and torch.equal(mine["mask"], uninterrupted["mask"])
     before, after = (read_metrics(f / "out/metrics.csv") for f in (folder, tmp_path))
     assert before[:3] == after[:3]  # the fourth began with a network that had forgotten
     a, b = (torch.load(f / "models/checkpoint_epoch=3.pt", weights_only=True) for f in (folder, tmp_path))
@@ -306,6 +307,34 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, ct_scans, qui
 
 
 # --------------------------------------------------------------------------------------------------- the methods
+
+
+def test_every_region_has_its_own_number_of_masked_patches_along_unequal_axes():
+    """Level one of the masking draws a number for a region of space, whatever the shape of the crop."""
+    geometry = Geometry((32, 64, 96), (32, 32, 32), (16, 16, 16), (32, 32, 32), 16)
+    transform = RandPatchMaskd(geometry, mask_ratio=0.5)
+    transform.set_random_state(0)
+    counts = []
+    for _ in range(200):
+        mask = transform({"image": torch.ones(1, 32, 64, 96)})["mask"][0]
+        counts += [int(mask[:, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].sum()) for j in range(2) for k in range(3)]
+    share = np.bincount(counts, minlength=9) / len(counts)
+    assert share.min() > 0.06  # nine counts, about alike; patches drawn each by itself leave 0.004 for none and for all
+
+
+def test_the_decoded_box_lies_where_it_says():
+    """Its features are those of its own place in every level."""
+    torch.manual_seed(0)
+    backbone = UNetBackbone(1, TINY["unet_features"]).eval()
+    box = (slice(16, 48), slice(0, 32), slice(32, 64))
+    with torch.no_grad():
+        features = backbone.encode(torch.rand(1, 1, 64, 48, 64))
+        levels = [
+            f[:, :, 16 // s : 48 // s, : 32 // s, 32 // s : 64 // s]
+            for f, s in zip(features, (1, 2, 4, 8, 16), strict=True)
+        ]
+        expected = backbone.decode(levels, whole((32, 32, 32)))
+        torch.testing.assert_close(backbone.decode(features, box), expected)
 
 
 def test_dropout_acts_in_the_encoder_and_nowhere_else(parse):
