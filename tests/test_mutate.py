@@ -20,11 +20,11 @@ def test_every_text_stands_in_its_files():
         assert mutation.new != mutation.old
 
 
-def test_every_mutation_leaves_code_that_can_be_read(tmp_path):
+def test_every_mutation_leaves_code_that_can_be_read():
     for mutation in read_mutations():
-        for file in ROOT.glob(mutation.files):
-            text = file.read_text("utf-8").replace(mutation.old, mutation.new)
-            ast.parse(text) if file.suffix == ".py" else yaml.safe_load(text)
+        file = next(ROOT.glob(mutation.files))
+        text = file.read_text("utf-8").replace(mutation.old, mutation.new)
+        ast.parse(text) if file.suffix == ".py" else yaml.load(text, yaml.CSafeLoader)
 
 
 def test_every_mutation_names_tests_that_are_there():
