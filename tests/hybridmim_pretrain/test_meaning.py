@@ -294,9 +294,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, ct_scans, qui
     watched(flow)
     resumed, _ = watched(training(tmp_path, ct_scans, resume=True))
     assert [step["epoch"] for step in resumed] == [3, 3, 4, 4]
-    for mine, uninterrupted in zip(resumed, steps[4:], strict=True):
-        assert mine["rate"] == pytest.approx(uninterrupted["rate"]) and mine["files"] == uninterrupted["files"]
-        assert torch.equal(mine["image"], uninterrupted["image"]) and torch.equal(mine["mask"], uninterrupted["mask"])
+    for mine, other in zip(resumed, steps[4:], strict=True):
+        assert mine["rate"] == pytest.approx(other["rate"]) and mine["files"] == other["files"]
+        assert torch.equal(mine["image"], other["image"]) and torch.equal(mine["mask"], other["mask"])
     before, after = (read_metrics(f / "out/metrics.csv") for f in (folder, tmp_path))
     assert before[:3] == after[:3]  # the fourth began with a network that had forgotten
     a, b = (torch.load(f / "models/checkpoint_epoch=3.pt", weights_only=True) for f in (folder, tmp_path))
