@@ -47,15 +47,6 @@ def refused(parse, tmp_path):
 # --------------------------------------------------------------------------------------------------------- scans
 
 
-def test_no_scan_found(refused, tmp_path):
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("no scan")
-    error = refused(dataset_dir=str(folder), **TINY)
-    assert isinstance(error, ScanError)
-    assert f"dataset_dir: found no scan in {folder} but 1 other files, expected files that end in .nii" in str(error)
-
-
 def test_a_path_that_does_not_exist(refused, tmp_path):
     error = refused(dataset_dir=str(tmp_path / "missing"), **TINY)
     assert isinstance(error, ScanError)
@@ -69,19 +60,9 @@ def test_a_datalist_that_names_missing_scans(refused, tmp_path, ct_scans):
     assert f"{datalist}: 'training': 1 image files do not exist: {ct_scans / 'gone.nii.gz'}" in str(error)
 
 
-def test_too_few_scans_to_validate(refused, tmp_path):
-    save_nifti(tmp_path / "one/ct.nii.gz", hounsfield(0, (40, 40, 40)))
-    error = refused(dataset_dir=str(tmp_path / "one"), **TINY)
-    assert "found 1 different scans, expected at least 2" in str(error)
-
-
 def truncated(path):
     content = gzip.compress(gzip.decompress(save_nifti(path, hounsfield(0, (50, 50, 50))).read_bytes())[:100_000])
     path.write_bytes(content)
-
-
-def cut_off(path):
-    path.write_bytes(save_nifti(path, hounsfield(0, (50, 50, 50))).read_bytes()[:50_000])
 
 
 def with_nan(path):
@@ -90,25 +71,10 @@ def with_nan(path):
     save_nifti(path, volume)
 
 
-def channels(path):
-    save_nifti(path, np.stack([hounsfield(n, (40, 40, 40)) for n in range(3)], -1))
-
-
 BAD = {
     "truncated": (truncated, r"cannot be read: Expected 250000 bytes, got \d+ bytes"),
-    "cut off": (cut_off, r"cannot be read: Compressed file ended .*found 50000 bytes"),
     "empty": (lambda path: path.write_bytes(b""), r"is empty: found 0 bytes, expected an image"),
-    "no image": (lambda path: path.write_bytes(b"hello" * 100), r"cannot be read: .*found 500 bytes that begin with"),
-    "2D": (
-        lambda path: save_nifti(path, hounsfield(0, (50, 50, 1))),
-        r"is 2D: found a single slice \(shape 50×50×1\), expected a volume",
-    ),
-    "4D": (channels, r"has 3 channels \(4D, shape 40×40×40×3\), expected 1: set in_channels to 3"),
     "NaN": (with_nan, r"has 1 NaN or infinite values among 125000 voxels, expected finite values"),
-    "constant": (
-        lambda path: save_nifti(path, np.full((40, 40, 40), 7, np.int16)),
-        r"is constant: every voxel has the value 7, expected an image",
-    ),
 }
 
 
@@ -121,12 +87,6 @@ def test_all_bad_scans_are_named_at_once(refused, scans):
     for kind, (_, expected) in BAD.items():
         assert re.search(rf"{re.escape(str(scans))}/{kind}.nii.gz: {expected}", str(error)), str(error)
     assert "--skip_unreadable true" in str(error)
-
-
-def test_another_number_of_channels(refused, ct_scans):
-    message = str(refused(dataset_dir=str(ct_scans), in_channels=2, **TINY))
-    assert "6 of 6 scans cannot be used" in message
-    assert "has 1 channel (3D, shape 50×60×48), expected 2: set in_channels to 1" in message
 
 
 def test_skip_unreadable_trains_without_the_bad_ones(workflow, scans, tmp_path, capsys):
@@ -154,11 +114,14 @@ SETTINGS = [
     ({"roi_size": [40, 32, 32]}, "roi_size [40, 32, 32] must be a multiple of region_size [16, 16, 16]"),
     ({"region_size": [8, 8, 8]}, "region_size [8, 8, 8] must be a multiple of the bottleneck stride"),
     ({"patch_size": [5, 8, 8]}, "region_size [16, 16, 16] must be a multiple of patch_size [5, 8, 8]"),
+    ({"patch_size": [8, 8, 0]}, "patch_size must be three whole numbers of voxels above 0, found [8, 8, 0]"),
     ({"decode_size": [48, 32, 32]}, "decode_size [48, 32, 32] must fit into roi_size [32, 32, 32]"),
+    ({"decode_size": [24, 32, 32]}, "decode_size [24, 32, 32] must be a multiple of the bottleneck stride"),
     ({"decode_size": [16, 32, 32]}, "decode_size [16, 32, 32] must span at least two voxels"),
     ({"decode_box": [8, 0, 0]}, "decode_box [8, 0, 0]: expected `random`, or three multiples of 16"),
     ({"roi_size": [32, 32]}, "roi_size must be three whole numbers of voxels above 0, found [32, 32]"),
-    ({"mask_ratio": 1.4}, "mask_ratio must be above 0 and below 1, found 1.4"),
+    ({"mask_ratio": 1}, "mask_ratio must be above 0 and below 1, found 1"),
+    ({"mask_ratio": 0}, "mask_ratio must be above 0 and below 1, found 0"),
     ({"mask_scheme": "blocks"}, "mask_scheme must be one of two_level, uniform; found 'blocks'"),
     ({"cache": "ssd"}, "cache must be one of none, memory, disk; found 'ssd'"),
     ({"val_fraction": 1.0}, "val_fraction: found 1.0, expected a number between 0 and 1"),
@@ -250,14 +213,6 @@ def test_weights_that_are_not_there(refused, tmp_path, ct_scans, base, step):
     assert str(error) == f"{missing}: no such checkpoint"
 
 
-def test_weights_that_are_no_checkpoint(refused, tmp_path, ct_scans):
-    path = tmp_path / "model.pt"
-    path.write_bytes(b"not a checkpoint")
-    error = refused(["inference", "small"], "inferring#1", ckpt_path=str(path), dataset_dir=str(ct_scans))
-    assert isinstance(error, WeightsError)
-    assert str(error).startswith(f"{path}: not a checkpoint that torch.load(weights_only=True) can read")
-
-
 def test_inference_with_a_method_that_makes_no_image(refused, ct_scans):
     error = refused(["inference", "simclr", "small"], "inferring#0", dataset_dir=str(ct_scans))
     assert str(error).startswith("config_file: found simclr.yaml, whose network makes no image, expected the overlays")
@@ -288,36 +243,7 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(workflow, ct_sca
     assert len(read_metrics(tmp_path / "out/metrics.csv")) == 1
 
 
-def test_a_diverging_training_ends_with_step_and_files(workflow, ct_scans, tmp_path):
-    options = {**TINY, "dataset_dir": str(ct_scans), "learning_rate": 1e20, "warmup_epochs": 0, "epochs": 3}
-    with pytest.raises(RuntimeError) as error:
-        workflow("train", ["train", "small"], **options).run()
-    message = str(root_cause(error.value))
-    assert message.startswith("the loss is not finite at step ")
-    assert str(ct_scans) in message
-    assert not list((tmp_path / "models").glob("checkpoint_epoch=3.pt"))
-
-
 # ---------------------------------------------------------------------------------------- by the command itself
-
-
-def last_line(done):
-    assert done.returncode != 0
-    return done.stderr.rstrip().splitlines()[-1]
-
-
-def test_the_command_ends_with_the_cause(run_bundle, tmp_path):
-    done = run_bundle(
-        "training",
-        ["train", "small"],
-        check=False,
-        dataset_dir=tmp_path / "missing",
-        output_dir=tmp_path / "out",
-        ckpt_dir=tmp_path / "models",
-    )
-    expected = f"ScanError: dataset_dir: {tmp_path / 'missing'} does not exist, expected a folder of scans"
-    assert last_line(done) == expected
-    assert not (tmp_path / "out/metrics.csv").exists()
 
 
 def test_the_command_ends_with_the_cause_that_has_a_cause(run_bundle, ct_scans, tmp_path):

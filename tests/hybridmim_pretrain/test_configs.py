@@ -81,14 +81,6 @@ def test_inference_repeats_the_values_of_training():
     assert {key: inference[key] for key in SHARED_KEYS} == {key: train[key] for key in SHARED_KEYS}
 
 
-def test_inference_prepares_scans_as_training_does_up_to_the_crop():
-    load = read("train")["load"]
-    steps = read("inference")["preprocessing"]["transforms"]
-    upto = load.index("@intensity") + 1
-    assert upto == 5
-    assert steps[:upto] == load[:upto]
-
-
 def test_defaults_of_the_paper():
     train = read("train")
     assert (train["roi_size"], train["region_size"], train["patch_size"]) == ([96] * 3, [32] * 3, [16] * 3)

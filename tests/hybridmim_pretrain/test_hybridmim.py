@@ -209,11 +209,6 @@ def test_a_bad_box_is_refused(box):
         PretrainStep(HybridMIM(backbone, geometry), geometry, decode_box=box)
 
 
-def test_bad_dropout_stages_are_refused():
-    with pytest.raises(ValueError, match=r"dropout_stages must be among 0 … 4, found \[5\]"):
-        UNetBackbone(dropout_stages=[5])
-
-
 def test_without_the_contrastive_term_there_are_no_views():
     backbone, geometry = unet()
     step = PretrainStep(HybridMIM(backbone, geometry), geometry, contrastive=False).train()

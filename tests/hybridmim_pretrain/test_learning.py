@@ -146,15 +146,6 @@ def test_the_state_of_the_engine_holds_that_of_the_gradient_scaler():
     assert (second.state.epoch, second.state.iteration) == (1, 2)
 
 
-def test_the_state_of_an_engine_without_scaler():
-    first, second = toy_trainer(), toy_trainer()
-    first.run()
-    state = first.state_dict()
-    second.load_state_dict(state)
-    assert state["scaler"] == {}
-    assert second.state.iteration == 2
-
-
 # -------------------------------------------------------------------------------------------- the config it writes
 
 

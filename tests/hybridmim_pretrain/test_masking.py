@@ -124,64 +124,6 @@ def test_apply_mask_fills_all_channels_of_the_masked_patches_only():
     assert torch.equal(single["image"], hidden[0])
 
 
-SIZES = {"roi_size": (96,) * 3, "region_size": (32,) * 3, "patch_size": (16,) * 3, "decode_size": (64,) * 3}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"roi_size": (90, 96, 96)},
-            r"roi_size \[90, 96, 96\] must be a multiple of region_size \[32, 32, 32\]",
-        ),
-        (
-            {"patch_size": (12, 16, 16)},
-            r"region_size \[32, 32, 32\] must be a multiple of patch_size \[12, 16, 16\]",
-        ),
-        (
-            {"region_size": (24,) * 3, "patch_size": (8,) * 3},
-            r"region_size \[24, 24, 24\] .*bottleneck stride .*\[16",
-        ),
-        (
-            {"decode_size": (40, 64, 64)},
-            r"decode_size \[40, 64, 64\] must be a multiple of the bottleneck stride",
-        ),
-        (
-            {"decode_size": (16, 64, 64)},
-            r"decode_size \[16, 64, 64\] must span at least two voxels .* 32 voxels",
-        ),
-        (
-            {"decode_size": (128, 64, 64)},
-            r"decode_size \[128, 64, 64\] must fit into roi_size \[96, 96, 96\]",
-        ),
-        ({"roi_size": (96, 96)}, r"roi_size must be three whole numbers of voxels above 0, found \[96, 96\]"),
-        (
-            {"patch_size": (16, 16, 0)},
-            r"patch_size must be three whole numbers of voxels above 0, found \[16, 16, 0\]",
-        ),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        Geometry(**(SIZES | change), stride=16)
-
-
-def test_swin_unetr_refuses_the_small_crop_of_unet():
-    with pytest.raises(ValueError, match=r"bottleneck stride of the network \[32, 32, 32\]"):
-        Geometry((48, 64, 48), (16, 16, 16), (8, 8, 8), (32, 32, 32), 32)
-
-
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5])
-def test_bad_ratio_is_refused(ratio):
-    with pytest.raises(ValueError, match=f"mask_ratio must be above 0 and below 1, found {ratio}"):
-        RandPatchMaskd(PAPER, mask_ratio=ratio)
-
-
-def test_bad_scheme_is_refused():
-    with pytest.raises(ValueError, match="mask_scheme must be one of two_level, uniform; found 'random'"):
-        RandPatchMaskd(PAPER, mask_scheme="random")
-
-
 def test_a_volume_that_is_no_multiple_of_the_region_is_refused():
     with pytest.raises(ValueError, match=r"image: shape \[96, 96, 80\] must be a multiple of region_size"):
         RandPatchMaskd(PAPER)({"image": torch.ones(1, 96, 96, 80)})

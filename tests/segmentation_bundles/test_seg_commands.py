@@ -11,12 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Events
 
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
 from tools.data.classes import label_values
-from tools.weights.checkpoints import WeightsError, newest_checkpoint
+from tools.weights.checkpoints import WeightsError
 
 from .bundles import NAMES, ROOT, TINY, TINY_TRAINING, bundle, config_files, places, read, sizes
 
@@ -147,22 +146,6 @@ def test_another_network_is_refused_before_any_work(trained, workflow, samples, 
     cause = root_cause(error.value)
     assert isinstance(cause, WeightsError) and "these are not the weights of a UNet" in str(cause)
     assert not list(tmp_path.rglob("*_seg.nii.gz"))
-
-
-def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(trained, samples, workflow, tmp_path, capsys):
-    """A run that is killed: in the tests of pre-training."""
-    options = {**TRAINING, "dataset_dir": str(samples("hippocampus"))}
-    first = workflow("hippocampus", "train", ["train"], **options)
-    trainer = first.parser.get_parsed_content("train#trainer")
-    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), trainer.terminate)
-    first.run()
-    assert newest_checkpoint(tmp_path / "models") == tmp_path / "models/checkpoint_epoch=2.pt"
-    workflow("hippocampus", "train", ["train"], **options, resume=True).run()
-    assert "resumed from" in capsys.readouterr().out
-    expected, found = (torch.load(f / "models/model.pt", weights_only=True) for f in (trained[0], tmp_path))
-    for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
-    assert read_metrics(tmp_path / "out/metrics.csv") == read_metrics(trained[0] / "out/metrics.csv")
 
 
 # UNETR leaves parameters without a gradient, which DDP must be told

@@ -50,33 +50,10 @@ def test_no_flip_takes_a_class_to_the_other_side(name):
     flipped_in_training = {axis for axis, probability in enumerate(train["flip_probability"]) if probability > 0}
     assert not sided & flipped_in_training
     assert not sided & set(read(name, "flips")["flip_axes"])
-    flips = [step for step in train["augment"] if step["_target_"] == "RandFlipd"]
-    assert [(step["spatial_axis"], step["prob"]) for step in flips] == [
-        (axis, f"$@flip_probability[{axis}]") for axis in range(3)
-    ]
 
 
 @EVERY_BUNDLE
-def test_training_evaluation_and_inference_see_the_same_image(name, parse):
-    """Evaluation's and inference's steps for the image are those of training, in their order."""
-
-    def for_image(transforms):
-        steps = []
-        for step in transforms:
-            keys = step.get("keys") if isinstance(step, dict) else None
-            if step == "@intensity":
-                steps.append(step)
-            elif (keys == "image" or (isinstance(keys, list) and "image" in keys)) and step["_target_"] not in (
-                "SelectItemsd",
-                "EnsureTyped",
-            ):
-                mode = {"mode": "bilinear"} if step["_target_"] == "Spacingd" else {}
-                steps.append({**step, "keys": "image", **mode})
-        return steps
-
-    training = for_image(read(name, "train")["load"])
-    assert for_image(read(name, "evaluate")["validate#preprocessing"]["transforms"]) == training
-    assert for_image(read(name, "inference")["preprocessing"]["transforms"]) == training
+def test_training_and_inference_agree_on_the_same_image_and_network(name):
     train, inference = read(name, "train"), read(name, "inference")
     shared = OF_INFERENCE & train.keys()
     assert {k: inference.get(k) for k in shared} == {k: train[k] for k in shared}

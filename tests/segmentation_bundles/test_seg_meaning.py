@@ -422,15 +422,6 @@ def test_the_loss_is_what_its_name_says(name, parse):
     assert found == pytest.approx(1 - np.mean(dice) + entropy, abs=1e-5)
 
 
-@EVERY_BUNDLE
-def test_organs_that_have_a_side_are_not_mirrored(name):
-    """A left–right flip would show a right kidney under the name of the left one."""
-    config = read(name, "train")
-    if any(word in organ for organ in config["classes"] for word in ("left", "right")):
-        assert config["flip_probability"][0] == 0
-        assert 0 not in read(name, "flips")["flip_axes"]
-
-
 # --------------------------------------------------------------------------------- who trains and who validates
 
 
@@ -467,8 +458,9 @@ def test_no_case_that_validates_is_trained_on(name, parse, tmp_path):
             assert not set(training) & set(validation)
             if fraction == 1:
                 assert len(training) + len(validation) == count
-                validated += validation
+                validated, whole = validated + validation, training
             else:
+                assert set(training) < set(whole)
                 assert len(training) == round(0.3 * (count - len(validation)))
     assert len(validated) == len(set(validated)) == count  # each case once
 

@@ -199,8 +199,3 @@ def test_bad_weights_are_refused(weights):
     weights = {name.replace("loss_", "weight_"): value for name, value in weights.items()}
     with pytest.raises(ValueError, match="loss weights must be 0 or more"):
         HybridMIMLoss(**weights)
-
-
-def test_bad_temperature_is_refused():
-    with pytest.raises(ValueError, match="temperature must be above 0, found 0"):
-        NTXentLoss(0)

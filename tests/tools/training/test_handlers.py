@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
-from monai.transforms import RandScaleIntensityd
 
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, report_metrics
 from tools.training.handlers import (
     BestWeights,
-    GradientClipping,
     MetricsCSV,
     ProgressBar,
     SaveCheckpoints,
-    SeedEpochs,
     StopOnBadLoss,
     ValidateEpochs,
 )
@@ -59,16 +52,6 @@ def test_metrics_csv_has_one_row_per_epoch(tmp_path):
     ]
 
 
-def test_a_resumed_run_replaces_the_rows_that_it_trains_again(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,loss\n1,1.5\n2,9\n3,9\n4,9\n")
-    trainer, validator = engines(epochs=3)
-    MetricsCSV(path, validator).attach(trainer)
-    trainer.load_state_dict({"epoch_length": 2, "max_epochs": 3, "iteration": 2})
-    trainer.run()
-    assert [(row["epoch"], row["loss"]) for row in read_metrics(path)] == [("1", "1.5"), ("2", "3.5"), ("3", "5.5")]
-
-
 def test_the_progress_bar_comes_back_in_another_round(capsys):
     """As in federated learning, which runs one trainer several times."""
     trainer, validator = engines(epochs=1)
@@ -87,52 +70,6 @@ def test_the_last_epoch_is_always_validated(interval, expected):
     validator.add_event_handler(Events.COMPLETED, lambda: seen.append(validator.state.epoch))
     trainer.run()
     assert seen == expected
-
-
-def draws(seed, first_epoch=0, workers=0):
-    """What random numbers each epoch sees: of torch, of Python, and of the data set's transforms."""
-    items = [{"image": torch.ones(1, 1)} for _ in range(2)]
-    loader = DataLoader(Dataset(items, RandScaleIntensityd("image", 0.5, prob=1)), num_workers=workers)
-    trainer = Trainer("cpu", 3, loader, decollate=False)
-    seen = {}
-
-    def note(engine, batch):
-        seen.setdefault(engine.state.epoch, []).append(
-            (float(torch.rand(1)), random.random(), float(batch["image"].sum()))
-        )
-
-    trainer._process_function = note
-    SeedEpochs(seed, loader).attach(trainer)
-    if first_epoch:
-        trainer.load_state_dict({"epoch_length": 2, "max_epochs": 3, "iteration": 2 * first_epoch})
-    torch.manual_seed(np.random.randint(1000))  # what went before does not matter
-    trainer.run()
-    return seen
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_draws_the_same_after_a_resume(workers):
-    whole = draws(7, workers=workers)
-    resumed = draws(7, first_epoch=1, workers=workers)
-    assert set(resumed) == {2, 3}
-    assert all(resumed[epoch] == whole[epoch] for epoch in resumed)
-    assert whole[1] != whole[2] != whole[3]
-    assert draws(8, workers=workers)[1] != whole[1]
-
-
-def test_the_seed_belongs_to_the_checkpoint():
-    handler = SeedEpochs(7, None)
-    other = SeedEpochs(8, None)
-    other.load_state_dict(handler.state_dict())
-    assert other.seed == 7
-
-
-def test_gradients_are_clipped_to_their_joint_norm():
-    network = torch.nn.Linear(3, 2)
-    for p in network.parameters():
-        p.grad = torch.full_like(p, 10.0)
-    GradientClipping(network, 1.5)()
-    assert torch.cat([p.grad.flatten() for p in network.parameters()]).norm() == pytest.approx(1.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
