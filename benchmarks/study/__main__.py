@@ -32,6 +32,7 @@ from benchmarks.study.runs import (
     read_record,
 )
 from benchmarks.study.settings import Study, open_study, read_study
+from tools.common.tables import aligned
 
 
 def study(
@@ -125,9 +126,7 @@ def summary(study: Study, planned: Sequence[Run]) -> str:
         done = sum(read_record(study, run.id) is not None for run in runs)
         steps = sorted({run.steps for run in runs})
         lines.append([*key, str(len(runs)), str(done), "…".join(map(str, dict.fromkeys((steps[0], steps[-1]))))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, f"{len(planned)} runs, {study.asked.jobs} at a time"])
+    return f"{aligned(lines)}\n{len(planned)} runs, {study.asked.jobs} at a time"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +14,7 @@ from benchmarks.study.plan import Arm, Row, Run, chosen_rate, finetuning, grid, 
 from benchmarks.study.runs import Record, folder_of, read_record
 from benchmarks.study.settings import Study
 from benchmarks.study.statistics import Estimate, estimate, first_reached, mean_difference
-from tools.common.files import atomic_path
-from tools.common.tables import read_metrics
+from tools.common.tables import read_metrics, write_rows
 
 MEAN = "mean"  # over classes, in the place of a class
 RESULTS = "results.csv"
@@ -68,8 +66,7 @@ class Findings:
             return []
         path = folder_of(self.study, run_id) / name
         if str(path) not in self._tables:
-            with path.open(newline="", encoding="utf-8") as file:
-                self._tables[str(path)] = list(csv.DictReader(file))
+            self._tables[str(path)] = read_metrics(path)
         return self._tables[str(path)]
 
     # ------------------------------------------------------------------------------------------- by arm
@@ -177,16 +174,13 @@ class Findings:
 
     def write_results(self) -> None:
         """Write results.csv: a row for each test and class."""
-        with atomic_path(self.study.output_dir / RESULTS) as temporary, temporary.open("w", newline="") as file:
-            lines = [
-                line
-                for arm, fraction in self.arms()
-                for seed, run_id in self.tests(arm, fraction).items()
-                for line in self._results(arm, fraction, seed, run_id)
-            ]
-            writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-            writer.writeheader()
-            writer.writerows(lines)
+        lines = [
+            line
+            for arm, fraction in self.arms()
+            for seed, run_id in self.tests(arm, fraction).items()
+            for line in self._results(arm, fraction, seed, run_id)
+        ]
+        write_rows(self.study.output_dir / RESULTS, lines)
 
     def _results(self, arm: Arm, fraction: float, seed: int, run_id: str) -> Iterator[dict[str, Any]]:
         tuned = self.finetunings(arm, fraction)[seed]

@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from benchmarks.study.machine import cores, describe
 from benchmarks.study.plan import Run
 from benchmarks.study.settings import PRETRAIN, ROOT, Study, differences
-from tools.common.files import atomic_path
+from tools.common.files import write_json
 from tools.weights.checkpoints import newest_checkpoint
 
 DONE, COMMAND, LOG = "done.json", "command.sh", "log.txt"
@@ -213,8 +213,7 @@ def conclude(study: Study, child: Child) -> str | None:
         "jobs": study.asked.jobs,
         "machine": child.machine,
     }
-    with atomic_path(folder / DONE) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DONE, record)
     for path in (folder / "models").glob("checkpoint_epoch=*.pt"):
         path.unlink()
     return None

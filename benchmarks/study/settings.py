@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tools.commands.datalist import brats, btcv, msd
-from tools.common.files import atomic_path
+from tools.common.files import write_json
 from tools.data.datalists import load_datalist
 from tools.data.splits import label_subset
 
@@ -235,8 +235,7 @@ def open_study(
     if not study.datalist.is_file():
         _split(study)
     _require_disjoint(study)
-    with atomic_path(folder / STUDY) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / STUDY, content)
     return study
 
 

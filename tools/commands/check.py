@@ -5,7 +5,6 @@ With a bundle, its labels too, as the bundle will train on them.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from tools.common.files import atomic_path
+from tools.common.files import write_json
 from tools.common.text import axis_ranges
 from tools.data.cases import pair_cases
 from tools.data.classes import absent_classes, label_values
@@ -195,6 +194,5 @@ def _good_entries(content: dict, items: dict[str, list[dict]], scans: list[Scan]
 def _write(output: str, content: dict, root: Path) -> None:
     if not content["training"]:
         raise ScanError(f"check: found no readable scan to train on, expected at least one to write {output}")
-    with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(output, content)
     print(f"Train with: --datalist {shlex.quote(str(output))} --dataset_dir {shlex.quote(str(root.absolute()))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import yaml
 from monai.data import MetaTensor, affine_to_spacing
 from monai.transforms import LoadImage, Orientation
 
-from tools.common.files import atomic_path
+from tools.common.tables import aligned, read_metrics, write_rows
 from tools.data.scans import ScanError, stem_of
 from tools.losses import class_masks
 from tools.results.figures import segmentation_figure
@@ -34,7 +33,9 @@ def compare(output_dir: str, image: str, label: str, **runs: str) -> None:
     """
     if len(runs) < 2:
         raise ScanError(f"compare: found {len(runs)} runs, expected two or more, each as --NAME FOLDER")
-    evaluations = {name: _evaluation(Path(folder)) for name, folder in runs.items()}
+    evaluations = {
+        name: read_metrics(_need(Path(folder) / "evaluation.csv", "evaluating")) for name, folder in runs.items()
+    }
     tables = {name: [(row["class"], row["cases"]) for row in rows] for name, rows in evaluations.items()}
     first, *others = runs
     for other in others:
@@ -44,10 +45,7 @@ def compare(output_dir: str, image: str, label: str, **runs: str) -> None:
                 f"{tables[other]}, expected {tables[first]}"
             )
     rows = _rows(evaluations, first, others)
-    with atomic_path(Path(output_dir) / CSV) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(Path(output_dir) / CSV, rows)
     print(f"Dice over {rows[-1]['cases']} case(s):\n{_table(rows)}")
     _draw(Path(output_dir) / PNG, image, label, {name: Path(folder) for name, folder in runs.items()})
     print(f"written to {output_dir}: {CSV}, {PNG}")
@@ -57,11 +55,6 @@ def _need(path: Path, command: str) -> Path:
     if not path.is_file():
         raise ScanError(f"compare: {path} does not exist, expected it from `run {command}`")
     return path
-
-
-def _evaluation(folder: Path) -> list[dict[str, str]]:
-    with _need(folder / "evaluation.csv", "evaluating").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _rows(evaluations: dict[str, list[dict[str, str]]], first: str, others: list[str]) -> list[dict[str, str]]:
@@ -81,9 +74,7 @@ def _rows(evaluations: dict[str, list[dict[str, str]]], first: str, others: list
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), *([_short(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return aligned([list(rows[0]), *([_short(cell) for cell in row.values()] for row in rows)], numbers=True)
 
 
 def _short(cell: str) -> str:

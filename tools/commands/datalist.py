@@ -5,7 +5,6 @@ A data list is a Decathlon-style JSON file with relative paths, so that it can b
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tools.common.files import atomic_path
+from tools.common.files import write_json
 from tools.data.cases import Case, find_cases
 from tools.data.datalists import load_datalist
 from tools.data.reading import raw_file
@@ -76,7 +75,7 @@ def pretrain(
         raise ScanError(f"datalist: found no data set, expected at least one of --{', --'.join(given)}")
     scans = {layout: find(layout, folders[layout.option]) for layout in LAYOUTS if layout.option in folders}
     root = _common_folder(list(folders.values()))
-    _write(output, _pretrain_content(scans, root))
+    write_json(output, _pretrain_content(scans, root))
     for layout, paths in scans.items():
         print(f"{layout.name:12}{len(paths):6} scans in {folders[layout.option]}")
     print(f"{'together':12}{sum(map(len, scans.values())):6} scans, listed in {output} relative to {root}")
@@ -129,11 +128,6 @@ def _pretrain_content(scans: dict[Layout, list[Path]], root: Path) -> dict[str, 
         "sources": {layout.option: len(paths) for layout, paths in scans.items()},
         "training": training,
     }
-
-
-def _write(output: str, content: dict[str, Any]) -> None:
-    with atomic_path(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _say_how_to_train(output: str, root: Path) -> None:
@@ -227,7 +221,7 @@ def _labelled(
         "numTest": len(test),
         **{name: [_relative(case, root) for case in part] for name, part in parts.items()},
     }
-    _write(output, content)
+    write_json(output, content)
     for name, part in parts.items():
         first = ", ".join(Path(paths_of(case)[0]).name for case in part[:3])
         print(f"{name:12}{len(part):6} cases{': ' * bool(part)}{first}{', …' * (len(part) > 3)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 
@@ -12,21 +13,34 @@ from tools.common.files import atomic_path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a `metrics.csv`; none if there is no file."""
+    """Rows of a CSV that a run wrote; none if there is no file."""
     if not Path(path).is_file():
         return []
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> None:
+    """Write a CSV; its columns are `names`, or those of the first row."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0] if rows else []) if names is None else names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def aligned(lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Lines of cells as a text table; with `numbers`, all columns but the first end where their heads end."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justify = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
+    cells = ([f(cell, width) for f, cell, width in zip(justify, line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def report_metrics(metrics: Mapping[str, float], path: str | Path) -> None:
     """Print metrics and write them as a CSV with one row (rank 0 only)."""
     if idist.get_rank() > 0:
         return
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(metrics))
-        writer.writeheader()
-        writer.writerow(metrics)
+    write_rows(path, [metrics])
     width = max(map(len, metrics))
     print(
         "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()),

@@ -7,7 +7,6 @@ one class with a stray voxel in the far corner of a scan of 512×512×300: 10 an
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from tools.common.files import atomic_path
+from tools.common.tables import aligned, write_rows
 from tools.data.classes import Classes
 from tools.data.scans import ScanError, stem_of
 from tools.losses import class_masks
@@ -273,8 +272,7 @@ class CaseMetrics:
                 for metric, column in COLUMNS.items()
             ]
             lines.append([row["class"], *numbers, str(row["cases"]), str(row["missed"])])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+        return aligned(lines, numbers=True)
 
     def _draw(self, which: str, name: str, case: _Case, pred: Tensor) -> None:
         """Draw a case, read anew: the evaluator's image may be resampled and cropped."""
@@ -357,10 +355,7 @@ def _plus_minus(mean: float, deviation: float, digits: int) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, str | float]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    write_rows(path, [{key: _cell(value) for key, value in row.items()} for row in rows])
 
 
 def _cell(value: str | float) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from tools.common.files import atomic_path
+from tools.common.files import atomic_path, write_json
 from tools.samples.anatomy import (
     ABDOMEN_LABELS,
     BRAIN_LABELS,
@@ -152,8 +151,7 @@ def _describe(folder: Path, kind: str, seed: int, cases: int) -> None:
         ],
         "test": [],
     }
-    with atomic_path(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "dataset.json", content)
 
 
 def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> None:

@@ -17,7 +17,7 @@ import yaml
 from monai.apps.utils import check_hash
 from monai.bundle import ConfigParser
 
-from tools.common.files import atomic_path
+from tools.common.files import atomic_path, write_json
 from tools.shipping.verify import LARGE_FILES, WEIGHTS, BundleError, find_bundles, require_weights, static_checks
 from tools.weights.checkpoints import WeightsError
 
@@ -248,5 +248,4 @@ def _add_info(archive: Path, base_url: str | None) -> None:
     info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     source = "" if base_url is None else f"{base_url.rstrip('/')}/{archive.name}"
     info[archive.stem] = {"checksum": _digest(archive, "sha1"), "source": source}
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(info, indent=4) + "\n", encoding="utf-8")
+    write_json(file, info, indent=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tools.common.files import atomic_path
-from tools.common.tables import read_metrics
+from tools.common.tables import read_metrics, write_rows
 from tools.weights.checkpoints import newest_checkpoint
 
 Terms = Callable[[Any], Mapping[str, Tensor]]
@@ -159,10 +158,7 @@ class MetricsCSV:
         names = list(dict.fromkeys(name for r in rows for name in r))
         # training terms first, whatever epoch brought the first validation
         names.sort(key=lambda name: name.startswith("val_"))
-        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(self.path, rows, names)
 
 
 class SeedEpochs:
