@@ -173,5 +173,5 @@ def test_the_written_config_resolves_plain_values_and_keeps_the_rest(tmp_path):
 
 
 def test_a_config_is_written_from_a_config_only(tmp_path):
-    with pytest.raises(RuntimeError, match="must be called from an expression"):
+    with pytest.raises(RuntimeError, match="expected a call from a bundle's config"):
         save_config(tmp_path / "config.yaml")
