@@ -41,6 +41,10 @@ SLOW = (
     "test_the_smoke_preset",  # each of its commands is tested by itself
     # bundles of the same template as hybridmim_brats_seg
     *(f"test_every_bundle_passes[hybridmim_{name}_seg]" for name in ("btcv", "hippocampus", "liver", "spleen")),
+    # SwinUNETR after UNet: its smallest crop is 64 voxels wide
+    "test_every_term_has_a_gradient_to_its_head_and_to_the_encoder[swin]",
+    "test_swin_unetr_takes_a_step",
+    "test_swin_unetr_views_differ_by_dropout_only",
     "test_monais_client_loads_verifies_and_exports_it",
     "test_the_pre_training_bundle_runs_with_its_scripts",
     "test_the_three_commands_follow_each_other",

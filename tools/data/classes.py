@@ -52,7 +52,7 @@ def label_map(masks: Sequence[Tensor], classes: Classes) -> Tensor:
 
 
 def require_activation(activation: str, classes: Classes) -> str:
-    """One of `ACTIVATIONS`, and classes that it can tell apart.
+    """The activation, if it is one of `ACTIVATIONS` and fits the classes.
 
     Raises:
         ValueError: it is not; or, under softmax, the k-th class is not made of the label value k alone, so that the

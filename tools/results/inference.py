@@ -31,7 +31,7 @@ def start_inference(
         classes: name → label values.
         workers: that read scans.
         remember: file of the scans that were checked before.
-        ckpt_path: file of the weights, for the table.
+        ckpt_path: file of the weights; only printed here.
         roi_size: of the sliding window, voxels.
         stride: of the network's bottleneck, voxels.
 

@@ -102,15 +102,15 @@ def start_finetuning(
         modalities: names of the channels in their order, or None.
         classes: name → label values.
         activation: softmax or sigmoid.
-        label_fraction: that `training` is of all training cases, for the table.
+        label_fraction: share of all training cases that `training` is; only printed here.
         workers: that read cases.
         remember: file of the cases that were checked before.
         transfer: the network, and what was loaded into it.
         roi_size: of a crop, voxels.
         stride: of the network's bottleneck, voxels.
         crops: in a batch of one process.
-        freeze_encoder_epochs: for the table.
-        encoder_lr_multiplier: for the table.
+        freeze_encoder_epochs: epochs with a frozen encoder; only printed here.
+        encoder_lr_multiplier: the encoder's learning rate over that of the rest; only printed here.
         world_size: number of processes.
         cache: none, memory or disk.
         cache_dir: of the disk cache.

@@ -151,7 +151,7 @@ Backbone = UNetBackbone | SwinUNETRBackbone
 
 
 def pooled(bottleneck: Tensor) -> Tensor:
-    """One vector per crop that still tells crops apart: [B, F, h, w, d] → [B, F].
+    """One vector per crop, different for different crops: [B, F, h, w, d] → [B, F].
 
     The maximum, because the bottleneck comes out of a normalisation that makes the mean nearly the same for
     every crop.

@@ -45,7 +45,7 @@ def start_pretraining(
     Args:
         training: items of the training data.
         validation: items of the validation data.
-        left_out: scans that were left out, for the table.
+        left_out: scans that were left out; the table lists them.
         channels: of the network's input.
         workers: that read scans.
         remember: file of the scans that were checked before.
