@@ -64,7 +64,7 @@ def check(
         output: JSON file to write: a data list without the scans that cannot be trained on.
         workers: processes that read; 0 reads in this one.
         bundle: folder of a bundle for segmentation, whose `configs/train.yaml` says what is expected (and
-            `channels` is not looked at): every case needs a label, which is read, too.
+            `channels` is ignored): every case needs a label, which is read too.
 
     Raises:
         ScanError: neither folder nor data list given, no scan in it, or none left for `output`.

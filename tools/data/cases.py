@@ -58,7 +58,7 @@ def find_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] |
             `labelsTr`.
 
     Args:
-        dataset_dir: folder of the data set. Paths of the cases start with it as it was given.
+        dataset_dir: folder of the data set. The cases' paths start with it, unchanged.
         layout: one of the above.
         modalities: names of the channels in their order; for brats.
 

@@ -252,7 +252,7 @@ def _in_processes(inspect: Callable[[dict], Scan], items: list[dict], workers: i
 
 
 def _alone(inspect: Callable[[dict], Scan], item: dict) -> Scan:
-    """Read a scan in a process of its own, so that a crash of the reader is put down to the right scan."""
+    """Read a scan in a process of its own, so that a crash of the reader is attributed to the right scan."""
     with ProcessPoolExecutor(1) as pool:
         try:
             return pool.submit(inspect, item).result()

@@ -58,7 +58,7 @@ def find_training_cases(
     Args:
         dataset_dir: folder of the data set, or that the paths of the data list are relative to.
         datalist: JSON with `training` and optionally `validation` and `test`, or None.
-        layout: of `dataset_dir`, as in `find_cases`; not looked at with a data list.
+        layout: of `dataset_dir`, as in `find_cases`; ignored with a data list.
         modalities: names of the channels, for the layout brats.
         fold: that validates, unless the data list has a `validation`. None: as in `split_by_layout`.
         folds: number of folds.
@@ -209,7 +209,7 @@ def require_usable(
         channels: that each scan must have.
         workers: that read scans.
         remember: file with what earlier starts found, so that unchanged scans are not read again.
-        label_values: values that a label may hold beside 0; None: labels are not looked at.
+        label_values: values that a label may hold beside 0; None: labels are ignored.
 
     Raises:
         ScanError: naming the unusable scans, each with its reason.

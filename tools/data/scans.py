@@ -28,7 +28,7 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
     Hidden files and folders are left out, macOS's `._scan.nii.gz` among them.
 
     Returns:
-        One `{"image": path}` for each scan, sorted by path. Paths start with `dataset_dir` as it was given.
+        One `{"image": path}` for each scan, sorted by path. Paths start with `dataset_dir`, unchanged.
 
     Raises:
         ScanError: there is no such folder, or no scan in it.

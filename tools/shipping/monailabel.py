@@ -31,7 +31,7 @@ def require_monailabel() -> None:
 def require_bundle(bundle: str | Path) -> Path:
     """Folder of a bundle that MONAI Label can serve: `model.pt` fits the network of `inference.yaml` as it stands.
 
-    MONAI Label reads no overlay, and passes over tensors of a checkpoint that are missing or unknown.
+    MONAI Label reads no overlay, and ignores tensors of a checkpoint that are missing or unknown.
 
     Raises:
         ValueError: the folder lacks a file.

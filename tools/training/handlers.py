@@ -85,7 +85,7 @@ class ProgressBar:
 
 
 class ValidateEpochs:
-    """Validates every so many epochs, and after the last.
+    """Validates every `interval` epochs, and after the last.
 
     Args:
         validator: engine to run.
@@ -245,7 +245,7 @@ class BestWeights:
 
 
 class SaveCheckpoints(CheckpointSaver):
-    """MONAI's `CheckpointSaver` every so many epochs, which also saves after the last one.
+    """MONAI's `CheckpointSaver`, which also saves after the last epoch.
 
     Args:
         save_dir: folder to write to.

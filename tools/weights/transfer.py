@@ -369,7 +369,7 @@ def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -
 
 
 def _cube(tokens: int) -> int:
-    """The side of a cube of so many tokens; 0 if they make none."""
+    """Side of the cube that holds this number of tokens; 0 if there is no such cube."""
     side = round(tokens ** (1 / 3))
     return side if side**3 == tokens else 0
 

@@ -66,7 +66,7 @@ class MAE(MaskedAutoEncoderViT):
         """Reconstruct a crop: [B, C, H, W, D] → the same shape.
 
         Args:
-            image: the crop; what is hidden is not looked at.
+            image: the crop; masked voxels are ignored.
             mask: bool [B, 1, H/16, W/16, D/16], `mask_ratio` of it true. Without it the image is masked already:
                 tokens of nothing but 0 are hidden.
 

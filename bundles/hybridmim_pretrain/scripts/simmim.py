@@ -53,7 +53,7 @@ class SimMIM(nn.Module):
         """Reconstruct a crop: [B, C, H, W, D] → the same shape.
 
         Args:
-            image: the crop; what is hidden is not looked at.
+            image: the crop; masked voxels are ignored.
             mask: bool [B, 1, P1, P2, P3]. Without it the image is masked already: patches of nothing but 0 are hidden.
         """
         hidden = empty_patches(image, self.patch_size) if mask is None else mask
