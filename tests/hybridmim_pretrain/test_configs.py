@@ -17,6 +17,7 @@ from monai.transforms import ScaleIntensityRanged, ScaleIntensityRangePercentile
 
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone
 from tools.common.tables import read_metrics
+from tools.training.mixed_precision import amp_dtype
 
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, two_and_one
 
@@ -198,6 +199,18 @@ def test_unet_takes_two_steps(workflow, tmp_path, ct_scans, mr_scans, overlays, 
     scans = ct_scans if channels == 1 else mr_scans
     take_steps(workflow("train", ["train", *overlays], dataset_dir=str(scans), **options), 2)
     check_results(tmp_path, BasicUNet(3, channels, channels, TINY["unet_features"]))
+
+
+def test_a_device_may_be_given_as_text(parse, ct_scans):
+    parser = parse(["train", "small"], dataset_dir=str(ct_scans), device="cpu", cache="none", **TINY)
+    assert parser.get_parsed_content("train#dataloader").pin_memory is False
+    assert parser.get_parsed_content("validate#evaluator").state.device == torch.device("cpu")
+
+
+def test_inference_and_training_use_the_same_16_bit_type(parse, ct_scans):
+    """Weights that were trained in bfloat16 may be beyond the range of float16."""
+    parser = parse(["inference", "small"], dataset_dir=str(ct_scans), **TINY_INFERENCE)
+    assert parser.get_parsed_content("evaluator").amp_kwargs == {"dtype": amp_dtype()}
 
 
 def test_swin_unetr_takes_a_step(workflow, tmp_path, mr_scans):
