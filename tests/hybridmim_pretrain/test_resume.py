@@ -17,7 +17,8 @@ from tools.weights.checkpoints import WeightsError
 from .bundle import ROOT, TINY, config_files, places
 
 EPOCHS = 6
-OPTIONS = {**TINY, "epochs": EPOCHS, "checkpoint_interval": 2}
+# a crop of which the decoded box, drawn by Python's own generator, is a part
+OPTIONS = {**TINY, "roi_size": [48, 32, 32], "epochs": EPOCHS, "checkpoint_interval": 2}
 
 
 def kill_after_epoch(epoch, scans, folder, workers):
