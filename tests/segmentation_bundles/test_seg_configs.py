@@ -116,11 +116,13 @@ def test_overlays_set_keys_that_exist(name):
 
 @EVERY_BUNDLE
 def test_a_torchscript_file_is_taken_with_any_overlay(name):
-    """No other overlay of inference sets its keys, so their order does not matter; no weights are loaded."""
+    """No other overlay of inference sets its keys, so their order does not matter; its file brings the weights."""
     overlay, inference = read(name, "torchscript"), read(name, "inference")
     for config in (*NETWORKS, "small", "flips"):
         assert not overlay.keys() & read(name, config).keys()
-    assert overlay["inferring"] == inference["inferring"][1:]
+    load, *rest = inference["inferring"]
+    assert load.startswith("$load_weights(")
+    assert overlay["inferring"] == ["@network", *rest]
 
 
 @EVERY_BUNDLE
