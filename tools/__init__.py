@@ -1,4 +1,4 @@
-"""Everything that several bundles need, sorted into rooms; what only one bundle needs lies in that bundle.
+"""Code that several bundles share, grouped by topic; code of a single bundle is in that bundle.
 
 Imports go downwards: commands → training, results, samples, shipping → data, weights → common, losses.
 """

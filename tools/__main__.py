@@ -35,5 +35,5 @@ COMMANDS = {
 if __name__ == "__main__":
     try:
         fire.Fire(COMMANDS, name="tools")
-    except (ValueError, OSError) as error:  # wrong input: its message says all
+    except (ValueError, OSError) as error:  # wrong input: the message is enough
         sys.exit(f"{type(error).__name__}: {error}")

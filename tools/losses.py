@@ -4,16 +4,16 @@ HybridMIM has three levels of learning and five terms (arXiv 2303.10333, Fig. 1)
 
 pixel   `loss_pr`   partial region prediction: mean squared error of the masked voxels that were decoded
 region  `loss_num`  how many patches of a region are masked
-        `loss_loc`  which ones
-        `loss_con`  that the two answers agree
-sample  `loss_cl`   two encodings of one crop, with different dropout, find each other among all crops
+        `loss_loc`  which patches are masked
+        `loss_con`  consistency of the two predictions
+sample  `loss_cl`   matching two encodings of one crop, with different dropout, among all crops
 
-Each term is a module that stands alone; `HybridMIMLoss` is their weighted sum. The others follow: `MaskedL1Loss` of MAE
-and SimMIM, `ContrastiveLoss` of SimCLR, `DiceBCELoss` of classes that overlap.
+Each term is a separate module; `HybridMIMLoss` is their weighted sum. The other losses: `MaskedL1Loss` for MAE and
+SimMIM, `ContrastiveLoss` for SimCLR, `DiceBCELoss` for overlapping classes.
 
-The targets are derived from the mask, so there is nothing to store: the mask has one entry for each patch,
-the predictions one for each region, and the patches of a region are the ones inside its box.
-Padding counts for nothing: intensities lie in (0, 1], so a voxel that is 0 in every channel is padding.
+The targets are computed from the mask: the mask has one entry per patch, the predictions one per region, and the
+patches of a region are those inside it. Padding is ignored: intensities are in (0, 1], so a voxel that is 0 in every
+channel is padding.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 
 class Prediction(NamedTuple):
-    """What one pre-training step predicts for a batch of B crops, C channels and M patches per region.
+    """Predictions of one pre-training step for a batch of B crops with C channels and M patches per region.
 
-    HybridMIM predicts all of it; another method leaves out what it does not ask for.
+    HybridMIM sets all fields; other methods leave those that they do not predict at None.
     """
 
     reconstruction: Tensor | None = None  # [B, C, h, w, d] intensities of the decoded box
@@ -41,12 +41,12 @@ class Prediction(NamedTuple):
 
 
 def scan_voxels(image: Tensor) -> Tensor:
-    """Voxels that belong to the scan, not to its padding: [B, C, H, W, D] → bool [B, 1, H, W, D]."""
+    """Voxels of the scan, without padding: [B, C, H, W, D] → bool [B, 1, H, W, D]."""
     return (image > 0).any(dim=1, keepdim=True)
 
 
 def expand_mask(mask: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """One entry per patch → one per voxel: [B, 1, P1, P2, P3] → [B, 1, *size]."""
+    """Expand a mask from patches to voxels: [B, 1, P1, P2, P3] → [B, 1, *size]."""
     for axis, length in enumerate(size, start=2):
         mask = mask.repeat_interleave(length // mask.shape[axis], dim=axis)
     return mask
@@ -56,7 +56,7 @@ def patches_by_region(patches: Tensor, regions: tuple[int, ...] | torch.Size) ->
     """Group the entries of a patch grid by region.
 
     [B, 1, P1, P2, P3] → [B, M, R1, R2, R3] with M = (P1 / R1) (P2 / R2) (P3 / R3). Channel m is the m-th patch
-    of the region in raster order *within the region's box*, last axis fastest.
+    of the region in raster order *within the region*, last axis fastest.
     """
     (b, _, *grid), (r1, r2, r3) = patches.shape, regions
     m1, m2, m3 = (p // r for p, r in zip(grid, regions, strict=True))
@@ -65,19 +65,18 @@ def patches_by_region(patches: Tensor, regions: tuple[int, ...] | torch.Size) ->
 
 
 class RegionTargets(NamedTuple):
-    """What the region heads should say, and where the question has an answer."""
+    """Targets of the region heads, and which of them are valid."""
 
     location: Tensor  # bool [B, M, R1, R2, R3]: the patch is masked
-    number: Tensor  # int64 [B, R1, R2, R3]: masked patches of the region, 0 … M
-    location_counts: Tensor  # bool [B, M, R1, R2, R3]: the patch holds a part of the scan
-    number_counts: Tensor  # bool [B, R1, R2, R3]: all patches of the region do
+    number: Tensor  # int64 [B, R1, R2, R3]: number of masked patches of the region, 0 … M
+    location_counts: Tensor  # bool [B, M, R1, R2, R3]: valid locations; the patch contains voxels of the scan
+    number_counts: Tensor  # bool [B, R1, R2, R3]: valid numbers; all patches of the region contain voxels of the scan
 
 
 def region_targets(image: Tensor, mask: Tensor, regions: tuple[int, ...] | torch.Size) -> RegionTargets:
     """Targets of the region level for image [B, C, H, W, D], mask [B, 1, P1, P2, P3] and a grid of regions.
 
-    A patch of nothing but padding looks the same masked or not, so it is not asked for, and neither is the
-    number of a region that holds one.
+    A patch of padding looks the same masked or not, so it has no location target, and its region has no number target.
     """
     patch_size = [s // p for s, p in zip(image.shape[2:], mask.shape[2:], strict=True)]
     scan = F.max_pool3d(scan_voxels(image).float(), patch_size) > 0
@@ -86,7 +85,7 @@ def region_targets(image: Tensor, mask: Tensor, regions: tuple[int, ...] | torch
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of the counted values; 0 (with a gradient of 0) where none counts."""
+    """Mean of the counted values; 0 (with a gradient of 0) if there are none."""
     counted = counted.expand_as(values)
     return (values * counted).sum() / counted.sum().clamp(min=1)
 
@@ -119,10 +118,10 @@ class LocationLoss(nn.Module):
 
 
 class ConsistencyLoss(nn.Module):
-    """Region level, that number and location agree: squared difference of the two expected counts.
+    """Region level, consistency of number and location: squared difference of the two expected counts.
 
-    The paper compares an arg-max with a thresholded sum, which has no gradient; here the expected count of the
-    number head's softmax meets the sum of the location head's sigmoids, so that both heads learn from it.
+    The paper compares an arg-max with a thresholded sum, which has no gradient. Here the expected count of the number
+    head's softmax is compared with the sum of the location head's sigmoids, so that both heads get a gradient.
     """
 
     def forward(self, number: Tensor, location: Tensor, targets: RegionTargets) -> Tensor:
@@ -143,7 +142,7 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Two views [N, E] of the same N crops → scalar; ln(2N - 1) at chance, constant 0 for N = 1."""
+        """Two views [N, E] of the same N crops → scalar; chance level ln(2N - 1), constant 0 for N = 1."""
         n = len(first)
         similarity = view_similarity(first, second) / self.temperature
         partner = torch.arange(2 * n, device=first.device).roll(n)
@@ -151,7 +150,7 @@ class NTXentLoss(nn.Module):
 
 
 def view_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity of all views with all others, [2N, 2N]; -inf with itself."""
+    """Cosine similarity between all views, [2N, 2N]; -inf on the diagonal."""
     views = F.normalize(torch.cat([first, second]).float(), dim=1)
     return (views @ views.T).masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
 
@@ -160,12 +159,12 @@ class HybridMIMLoss(nn.Module):
     """Weighted sum of the five terms of HybridMIM (arXiv 2303.10333, Fig. 1); the defaults are the published weights.
 
     Args:
-        weight_pr: partial region prediction.
-        weight_num: number of masked patches.
-        weight_loc: location of masked patches.
-        weight_con: consistency of number and location.
-        weight_cl: dropout-based contrastive learning.
-        temperature: of NT-Xent.
+        weight_pr: weight of partial region prediction.
+        weight_num: weight of the number of masked patches.
+        weight_loc: weight of the location of masked patches.
+        weight_con: weight of the consistency of number and location.
+        weight_cl: weight of dropout-based contrastive learning.
+        temperature: temperature of NT-Xent.
 
     Raises:
         ValueError: a weight is negative, or all are 0.
@@ -197,10 +196,10 @@ class HybridMIMLoss(nn.Module):
         self.contrastive = NTXentLoss(temperature)
 
     def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Total (`loss`) and every term by its name, unweighted, as scalars.
+        """Return the total (`loss`) and the unweighted terms by name, as scalars.
 
         Args:
-            prediction: of the masked crops.
+            prediction: predictions for the masked crops.
             image: the crops before masking, [B, C, H, W, D], intensities in (0, 1], 0 in padding.
             mask: bool [B, 1, P1, P2, P3], one entry for each patch.
         """
@@ -218,13 +217,13 @@ class HybridMIMLoss(nn.Module):
 class MaskedL1Loss(nn.Module):
     """The loss of MAE and SimMIM on raw voxels: mean absolute error over masked voxels (arXiv 2111.09886, Eq. 2).
 
-    MAE was published with the squared error; MIM-Med3D (arXiv 2204.11716) takes the absolute one for both.
+    MAE was published with the squared error; MIM-Med3D (arXiv 2204.11716) uses the absolute error for both.
     """
 
     weights = {"loss_l1": 1.0}  # noqa: RUF012
 
     def forward(self, prediction: Prediction, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """`loss` and, the same, `loss_l1`: image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalars."""
+        """`loss` and `loss_l1` (equal): image [B, C, H, W, D] before masking, mask [B, 1, P1, P2, P3] → scalars."""
         counted = expand_mask(mask, image.shape[2:]) & scan_voxels(image)
         loss = _mean((prediction.reconstruction.float() - image).abs(), counted)
         return {"loss": loss, "loss_l1": loss}
@@ -234,7 +233,7 @@ class ContrastiveLoss(nn.Module):
     """The loss of SimCLR: NT-Xent between the two views of each crop (arXiv 2002.05709, Eq. 1).
 
     Args:
-        temperature: of NT-Xent.
+        temperature: temperature of NT-Xent.
     """
 
     weights = {"loss_cl": 1.0}  # noqa: RUF012
@@ -244,20 +243,20 @@ class ContrastiveLoss(nn.Module):
         self.contrastive = NTXentLoss(temperature)
 
     def forward(self, prediction: Prediction, image: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """`loss` and, the same, `loss_cl`, as scalars; the views are all that counts."""
+        """`loss` and `loss_cl` (equal), as scalars, from the views of the prediction."""
         loss = self.contrastive(*prediction.views)
         return {"loss": loss, "loss_cl": loss}
 
 
 def class_masks(label_map: Tensor, classes: Mapping[str, Sequence[int]]) -> Tensor:
-    """Label map [..., 1, H, W, D] of integers → bool masks [..., K, H, W, D], one for each class."""
+    """Label map [..., 1, H, W, D] of integers → bool masks [..., K, H, W, D], one per class."""
     return torch.cat([torch.isin(label_map, label_map.new_tensor(list(v))) for v in classes.values()], dim=-4)
 
 
 class DiceBCELoss(nn.Module):
-    """Dice loss plus binary cross-entropy of each class by itself: for classes that overlap.
+    """Dice loss plus binary cross-entropy of each class, for overlapping classes.
 
-    (MONAI's `DiceCELoss` takes the cross-entropy over the classes as if they excluded each other.)
+    (The cross-entropy of MONAI's `DiceCELoss` assumes exclusive classes.)
 
     Args:
         classes: name → label values.

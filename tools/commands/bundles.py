@@ -1,7 +1,7 @@
-"""`python -m tools bundles`: writes the segmentation bundles from one template.
+"""`python -m tools bundles`: generates the segmentation bundles from one template.
 
-`bundle_template/` looks like the bundles that come out of it: `<<word>>` stands for a fact of a bundle, lines
-`#% if … %#` for what some bundles have. `bundle_facts/NAME.yaml` holds what is a bundle's own.
+`bundle_template/` looks like a bundle: `<<word>>` is replaced by a fact of the bundle, and lines after `#% if … %#` are
+only in some bundles. `bundle_facts/NAME.yaml` has the facts of a bundle.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from tools.shipping.verify import BUNDLES
 
 TEMPLATE = Path(__file__).with_name("bundle_template")
 FACTS = Path(__file__).with_name("bundle_facts")
-PARTS = "parts/"  # of the template: text that several files include
+PARTS = "parts/"  # folder of the template with text that several files include
 AXES = ("left-right", "posterior-anterior", "inferior-superior")  # of a volume in RAS orientation
-CHOICES = {  # words that the template's conditions know
+CHOICES = {  # allowed values of facts that the template's conditions use
     "intensity": ("hu_window", "percentiles", "z_score"),
     "activation": ("softmax", "sigmoid"),
     "empty": ("skip", "brats"),
 }
 COMMENT = re.compile(r"(.*\S) +(?=# )")
-COLUMN = re.compile(r"^(.*)\0(\d+)\0", re.MULTILINE)  # text, and where the comment behind it is to start
+COLUMN = re.compile(r"^(.*)\0(\d+)\0", re.MULTILINE)  # text, and the column of the comment after it
 
 
 def bundles(output: str | Path = BUNDLES) -> None:
     """Write the segmentation bundles.
 
     Args:
-        output: folder that the bundles are written to.
+        output: folder to write the bundles to.
 
     Raises:
         ValueError: a fact is missing or wrong.
-        FileNotFoundError: the facts are not there: a released bundle does not hold them.
+        FileNotFoundError: there are no facts, as in a released bundle.
     """
     files = sorted(FACTS.glob("*.yaml"))
     if not files:
@@ -53,7 +53,7 @@ def bundles(output: str | Path = BUNDLES) -> None:
 
 
 def bundle_files(facts: Path) -> dict[str, str]:
-    """What the template makes of the facts of one bundle: the text of each file, by its path in the bundle.
+    """Render the template with the facts of one bundle: path in the bundle → text of the file.
 
     Raises:
         ValueError: a fact is missing or wrong.
@@ -78,7 +78,7 @@ def _template() -> Environment:
     files = {path.relative_to(TEMPLATE).as_posix(): path for path in sorted(TEMPLATE.rglob("*")) if path.is_file()}
     environment = Environment(
         loader=DictLoader({name: _with_columns(path) for name, path in files.items()}),
-        block_start_string="#%",  # in YAML a comment, so that the template's configs are YAML
+        block_start_string="#%",  # a comment in YAML, so that the template's configs are valid YAML
         block_end_string="%#",
         variable_start_string="<<",
         variable_end_string=">>",
@@ -93,7 +93,7 @@ def _template() -> Environment:
 
 
 def _derived(facts: dict[str, Any]) -> dict[str, Any]:
-    """What follows from other facts, so that no two places can disagree."""
+    """Compute the facts that follow from others, so that they cannot disagree."""
     for key, choices in CHOICES.items():
         if facts[key] not in choices:
             raise ValueError(f"{key} is {facts[key]!r}, expected one of {list(choices)}")
@@ -116,7 +116,7 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
         "out_channels": len(classes) + softmax,
         "flips": [0 if axis in facts["no_flips"] else facts["flip_probability"] for axis in AXES],
         "spacing_text": _spacing_text(spacing) if spacing else facts["own_spacing"],
-        # SwinUNETR takes multiples of 32 voxels, from 64
+        # SwinUNETR needs multiples of 32 voxels, at least 64
         "swin_roi_size": [max(64, math.ceil(side / 32) * 32) for side in facts["roi_size"]],
     }
 
@@ -128,9 +128,9 @@ def _spacing_text(spacing: list[float]) -> str:
 
 
 def _with_columns(file: Path) -> str:
-    """The text of a file of the template; in YAML, comments behind placeholders remember their column.
+    """Read a file of the template; in YAML, mark the column of each comment after a placeholder.
 
-    It is their own, or that of the comment above, where a long placeholder pushes them further right.
+    This is its own column, or that of the comment above, if a long placeholder moves it to the right.
     """
     lines, column = file.read_text(encoding="utf-8").splitlines(keepends=True), 120
     for number, line in enumerate(lines) if file.suffix == ".yaml" else ():

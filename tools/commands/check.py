@@ -1,6 +1,6 @@
-"""Reads every scan of a folder or data list and says which cannot be trained on, and why, all at once.
+"""Reads every scan of a folder or data list and lists all that are unusable for training, with the reasons.
 
-With a bundle, its labels too, as the bundle will train on them.
+With a bundle, also reads the labels, as in the training of the bundle.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tools.data.scans import ScanError, files_of, find_scans
 from tools.data.splits import split_by_layout
 
 COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
-SETTINGS = ("in_channels", "classes", "layout", "modalities", "fold", "folds", "split_seed")  # of a bundle
+SETTINGS = ("in_channels", "classes", "layout", "modalities", "fold", "folds", "split_seed")  # keys of a bundle
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What there is to read.
+    """The scans to read.
 
     Attributes:
-        content: the data list, or one made of the folder.
+        content: data list, or a list of the scans in the folder in this form.
         items: scans of each section, in the order of `content`.
-        root: folder that the paths of `content` start from.
+        root: base folder of the paths of `content`.
         training: scans that a bundle will train on.
-        problems: what was seen by names alone, each in one sentence.
+        problems: problems with the names of files, each in one sentence.
     """
 
     content: dict[str, Any]
@@ -55,20 +55,20 @@ def check(
     workers: int = 4,
     bundle: str | None = None,
 ) -> None:
-    """Read every scan; print which cannot be trained on, the reason for each, and a summary.
+    """Read every scan; print the unusable ones with the reasons, and a summary.
 
     Args:
-        dataset_dir: folder of scans; with a data list, the folder that its relative paths start from.
+        dataset_dir: folder of scans; with a data list, the base folder of its relative paths.
         datalist: Decathlon-style JSON file, whose `training`, `validation` and `test` are read.
-        channels: number of channels that the network takes.
-        output: JSON file to write: a data list without the scans that cannot be trained on.
-        workers: processes that read; 0 reads in this one.
-        bundle: folder of a bundle for segmentation, whose `configs/train.yaml` says what is expected (and
-            `channels` is ignored): every case needs a label, which is read too.
+        channels: number of input channels of the network.
+        output: JSON file to write: a data list without the unusable scans.
+        workers: number of processes that read; 0 reads in this process.
+        bundle: folder of a segmentation bundle: every case needs a label, which is read too. The expected data are
+            taken from its `configs/train.yaml`, and `channels` is ignored.
 
     Raises:
-        ScanError: neither folder nor data list given, no scan in it, or none left for `output`.
-        SystemExit: status 1, if some scans cannot be trained on and there is no `output`.
+        ScanError: there is neither a folder nor a data list, it contains no scan, or none is usable for `output`.
+        SystemExit: status 1, if some scans are unusable and there is no `output`.
     """
     if datalist is None and dataset_dir is None:
         raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
@@ -92,10 +92,10 @@ def check(
 
 
 def _settings(bundle: Path) -> dict[str, Any]:
-    """Read what a segmentation bundle expects of its data.
+    """Read the settings of a segmentation bundle that describe its data.
 
     Raises:
-        ScanError: no such bundle, or one of another kind.
+        ScanError: the bundle does not exist, or is not for segmentation.
     """
     config = bundle / "configs/train.yaml"
     if not config.is_file():
@@ -135,7 +135,7 @@ def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any
 
 
 def _require_labels(items: dict[str, list[dict]], scans: list[Scan]) -> list[Scan]:
-    """Find fault with the scans without a label, except those of the test; scans are in the order of the items."""
+    """Mark scans without a label as unusable, except test scans; scans are in the order of the items."""
     needed = [section != "test" and "label" not in item for section, part in items.items() for item in part]
     fault = "has no label in the data list, expected one to train with"
     return [
@@ -152,7 +152,7 @@ def _entry(case: dict, root: Path) -> dict:
 
 
 def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) -> list[str]:
-    """Say how many labels were checked, which file is taken for which channel, and which classes no case holds."""
+    """Report the number of checked labels, the file of each channel, and classes that no training case contains."""
     labelled = [scan for scan in scans if scan.labels]
     values = sorted({value for scan in labelled for value in scan.labels})
     lines = [("labels", f"{len(labelled)} checked, values {', '.join(map(str, values)) or 'none'}")]
@@ -166,7 +166,7 @@ def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) ->
 
 
 def summary(scans: Sequence[Scan]) -> str:
-    """Say in a few lines how many scans are readable, and the ranges of shape, spacing and intensity."""
+    """Format the number of readable scans, and the ranges of shape, spacing and intensity."""
     good = [scan for scan in scans if scan.problem is None]
     lines = [f"scans      {len(good)} readable, {len(scans) - len(good)} unreadable"]
     if good:

@@ -1,4 +1,4 @@
-"""What pre-training brought: evaluations of several runs on the same cases side by side, and one case in a picture."""
+"""Compares the evaluations of several runs on the same cases, and draws one case."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CSV, PNG = "comparison.csv", "comparison.png"
 
 
 def compare(output_dir: str, image: str, label: str, **runs: str) -> None:
-    """Print and write the Dice of several runs, class by class, and draw one case as each of them segments it.
+    """Print and write the Dice of several runs for each class, and draw the segmentation of one case by each run.
 
     Args:
         output_dir: folder for `comparison.csv` and `comparison.png`.
-        image: a scan that no run was trained on, and that each has segmented (`run inferring`).
-        label: its label file.
-        runs: `--NAME FOLDER` for each: its `output_dir`, in which `run training`, `run evaluating` (on the same cases)
-            and `run inferring` have written. Differences are to the first.
+        image: a scan that is in no run's training data and that each run has segmented (`run inferring`).
+        label: label file of this scan.
+        runs: `--NAME FOLDER` for each run: its `output_dir` with the results of `run training`, `run evaluating` (on
+            the same cases) and `run inferring`. Differences are relative to the first run.
 
     Raises:
-        ScanError: fewer than two runs, a file that one of these commands should have written is missing, or the runs
-            were evaluated on other classes or another number of cases.
+        ScanError: there are fewer than two runs, a result of one of these commands is missing, or the runs were
+            evaluated on different classes or numbers of cases.
     """
     if len(runs) < 2:
         raise ScanError(f"compare: found {len(runs)} runs, expected two or more, each as --NAME FOLDER")
@@ -84,7 +84,7 @@ def _short(cell: str) -> str:
 
 
 def _draw(path: Path, image: str, label: str, runs: dict[str, Path]) -> None:
-    """Image, label and each run's segmentation, turned to RAS axes."""
+    """Draw image, label and each run's segmentation, in RAS axes."""
     classes = yaml.safe_load(_need(next(iter(runs.values())) / "config.yaml", "training").read_text())["classes"]
     load = LoadImage(image_only=True, ensure_channel_first=True)
     files = {"label": Path(label), **{name: _segmentation(folder, image) for name, folder in runs.items()}}

@@ -1,6 +1,6 @@
-"""Data lists for the four public CT sets that HybridMIM was pre-trained on, and for labelled sets.
+"""Writes data lists for the four public CT sets of HybridMIM's pre-training, and for labelled data sets.
 
-A data list is a Decathlon-style JSON file with relative paths, so that it can be shared and read anywhere.
+A data list is a Decathlon-style JSON file with relative paths, so that it works on any machine.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tools.samples.anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set, as its authors publish it, keeps its scans.
+    """Location of the scans in a published data set.
 
     Attributes:
         option: name of the command's option.
         name: name of the data set.
-        folders: patterns of the folders' names; a folder may lie at any depth.
-        files: pattern of the scans in such a folder; what it must not take are labels.
+        folders: patterns of folder names; a folder may be at any depth.
+        files: pattern of the scans in such a folder, which must not match labels.
     """
 
     option: str
@@ -57,17 +57,17 @@ def pretrain(
     covid19: str | None = None,
     atm22: str | None = None,
 ) -> None:
-    """Write the data list for pre-training from any of the paper's four CT sets, and print what it holds.
+    """Write the data list for pre-training from any of the paper's four CT sets, and print the number of scans.
 
     Args:
-        output: the JSON file to write.
+        output: JSON file to write.
         luna16: folder of LUNA16 (`subset0` to `subset9`).
         flare21: folder of FLARE2021 (`TrainingImg`, `ValidationImg`).
         covid19: folder of COVID-19-20 (`Train`, `Validation`).
         atm22: folder of ATM22 (`imagesTr`, also inside `TrainBatch1` and the like).
 
     Raises:
-        ScanError: no set given, or a folder that holds no scan where its set keeps them.
+        ScanError: there is no option, or a folder without scans in the layout of its data set.
     """
     given = {"luna16": luna16, "flare21": flare21, "covid19": covid19, "atm22": atm22}
     folders = {option: Path(folder).absolute() for option, folder in given.items() if folder is not None}
@@ -83,10 +83,10 @@ def pretrain(
 
 
 def find(layout: Layout, folder: Path) -> list[Path]:
-    """Find the scans of a data set, sorted; print those without voxels, and leave them out.
+    """Find the scans of a data set, sorted; skip and print those without voxels.
 
     Raises:
-        ScanError: no such folder, or no scan in it.
+        ScanError: the folder does not exist or contains no scan.
     """
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
@@ -146,22 +146,22 @@ def btcv(
     test_cases: int = 0,
     label_fraction: float = 1.0,
 ) -> None:
-    """Write the data list of BTCV (`img0001.nii.gz` with `label0001.nii.gz`), and print what it holds.
+    """Write the data list of BTCV (`img0001.nii.gz` with `label0001.nii.gz`), and print the number of cases.
 
-    It is the split that a bundle makes of `dataset_dir` with the same settings.
+    This is the split that a bundle uses for `dataset_dir` with the same settings.
 
     Args:
         dataset_dir: folder of the data set.
-        output: the JSON file to write.
-        fold: that validates, counted from 0. Without it: the usual split (24 to train, img0035 to img0040 to
-            validate), or fold 0 where the cases are others.
+        output: JSON file to write.
+        fold: number of the validation fold, from 0. None: the standard split (24 training cases; img0035 to img0040 for
+            validation), or fold 0 if the cases differ.
         folds: number of folds.
-        seed: of the folds, and of the share of training cases.
-        test_cases: how many to keep for the test; with them, there is no usual split.
-        label_fraction: share of the training cases, above 0, at most 1.
+        seed: random seed of the folds and of `label_fraction`.
+        test_cases: number of test cases; above 0, the standard split is not used.
+        label_fraction: fraction of the training cases, above 0, at most 1.
 
     Raises:
-        ScanError: no case, files without their counterpart, or a split that cannot be made.
+        ScanError: there is no case, files have no counterpart, or the split is impossible.
     """
     settings = {"fold": fold, "folds": folds, "seed": seed, "test_cases": test_cases}
     _labelled("btcv", dataset_dir, output, None, settings, label_fraction)

@@ -1,7 +1,7 @@
 """The config parser that is evaluating the expression in which a function is called.
 
-MONAI's expressions have no name for their parser, but two functions need it: to write the config as it runs, and to
-evaluate imports again. So it is looked for among the callers, here and nowhere else.
+MONAI's expressions cannot refer to their parser, but two functions need it: to save the running config, and to evaluate
+imports again. So this module finds it on the call stack.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from monai.bundle import ConfigExpression, ConfigParser
 
 
 def calling_parser() -> ConfigParser:
-    """The parser.
+    """Return the parser from the call stack.
 
     Raises:
         RuntimeError: not called from an expression or a component of a config.
@@ -27,10 +27,10 @@ def calling_parser() -> ConfigParser:
 
 
 def import_again() -> None:
-    """Evaluate a config's import statements once more, after its `path` was set: the first step of `initialize`.
+    """Evaluate a config's import statements again, after its `path` was set: the first step of `initialize`.
 
-    A parser evaluates all imports before anything else. Those of `tools` fail then, silently, if a released bundle,
-    which holds `tools`, is run from another folder and `tools` is not installed. Called from a config.
+    A parser evaluates all imports first. Those of `tools` then fail silently if a released bundle, which contains
+    `tools`, is run from another folder and `tools` is not installed. Called from a config.
 
     Raises:
         RuntimeError: not called from a config.

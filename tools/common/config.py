@@ -1,4 +1,4 @@
-"""The config that a run used, written beside its results."""
+"""Saves the config of a run with its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = (bool, int, float, str)
 def save_config(path: str | Path) -> None:
     """Write the config that is being run as YAML: overlays and command line merged, top-level values resolved.
 
-    The file can be run again as it is. Called from a config's expression.
+    The file can be run again unchanged. Called from a config's expression.
 
     Raises:
         RuntimeError: not called from a config.
@@ -32,7 +32,7 @@ def save_config(path: str | Path) -> None:
 
 
 def _resolved(parser: ConfigParser, key: str, value: Any) -> Any:
-    """The value of a plain expression that was evaluated already; everything else as it stands in the config."""
+    """Return the value of an expression that was already evaluated to plain data; other values are unchanged."""
     if not isinstance(value, str) or not value.startswith(("$", "@")):
         return value
     content = parser.ref_resolver.resolved_content.get(key)

@@ -1,4 +1,4 @@
-"""Errors as a user should meet them."""
+"""Short error messages for users."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TOOLS = Path(__file__).resolve().parents[1]
 
 
 def explain_errors() -> None:
-    """Make an uncaught error end with one line that says its cause.
+    """Print the cause of an uncaught error as one line at the end.
 
-    Config parsers wrap the cause in errors that name only a component. Of an error that this project raised on
-    purpose (what it was given is wrong), that line is all there is; of any other, the traceback comes first.
+    Config parsers wrap the cause in errors that name only a component. For wrong input, which this project reports
+    itself, only that line is printed; for other errors, the traceback comes first.
     """
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -29,14 +29,14 @@ def explain_errors() -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that config parsers wrapped, each in a `RuntimeError` of its own."""
+    """Return the original error inside the `RuntimeError`s of the config parsers."""
     while type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def is_named(error: BaseException) -> bool:
-    """Whether this project raised the error itself, with a message that says all: in `tools`, or a bundle's scripts."""
+    """Whether `tools` or a bundle's scripts raised the error themselves, so that its message is sufficient."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not isinstance(error, ValueError | OSError | FloatingPointError):
         return False

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Atomic writing of files: a reader never sees an incomplete one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved into place when the block ends without an error.
+    """Yield a temporary path in the same folder, and rename it to `path` if the block ends without an error.
 
-    Creates the folder if it is missing. The temporary name keeps the suffix, because writers choose by it.
+    Creates the folder if it is missing. The temporary name keeps the suffix, which selects the writer's format.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

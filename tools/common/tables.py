@@ -13,7 +13,7 @@ from tools.common.files import atomic_path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV that a run wrote; none if there is no file."""
+    """Read the rows of a CSV file of a run; an empty list if there is no file."""
     if not Path(path).is_file():
         return []
     with Path(path).open(newline="", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ def report_metrics(metrics: Mapping[str, float], path: str | Path) -> None:
 
 
 def print_written(*paths: str | Path) -> None:
-    """Print where a run has left its results: those of the paths that exist (rank 0 only)."""
+    """Print the paths of a run's results that exist (rank 0 only)."""
     found = [str(path) for path in paths if Path(path).exists()]
     if idist.get_rank() == 0 and found:
         print("written:", *found, sep="\n  ", flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def parse_bool(value: bool | str) -> bool:
-    """The command line gives `--resume true` as text, and any text would count as true.
+    """Parse a bool that may be text: `--resume true` arrives as text, and any text would count as true.
 
     Raises:
         ValueError: neither true nor false.
@@ -23,7 +23,7 @@ def size_text(sizes: Iterable[int]) -> str:
 
 
 def axis_ranges(rows: Sequence[Sequence[float]]) -> str:
-    """Write the range of each of three axes, as in `31-43 x 40-59 x 24-47`."""
+    """Format the range along each of three axes, as in `31-43 x 40-59 x 24-47`."""
     ends = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in zip(*rows, strict=True)]
     return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
 

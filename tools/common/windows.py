@@ -1,4 +1,4 @@
-"""Sizes of crops and sliding windows that a network can take."""
+"""Checks the sizes of crops and sliding windows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 def require_roi(roi_size: Sequence[int], stride: int) -> None:
-    """A window that the network can take.
+    """Check that the network accepts a window.
 
     Args:
         roi_size: voxels along the three axes.
-        stride: voxels of the input to one of the bottleneck (UNet and UNETR 16, SwinUNETR 32).
+        stride: total downsampling of the network (UNet and UNETR 16, SwinUNETR 32).
 
     Raises:
-        ValueError: a side is no multiple of the stride, or holds fewer than two voxels of the bottleneck (instance
-            norm has nothing to normalise then).
+        ValueError: a side is not a multiple of the stride, or less than two strides (instance norm needs more than one
+            voxel in the bottleneck).
     """
     if any(side % stride or side < 2 * stride for side in roi_size):
         raise ValueError(

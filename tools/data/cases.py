@@ -1,6 +1,6 @@
-"""Cases for segmentation, that is scans with their labels: finds and pairs them, and splits them.
+"""Finds cases for segmentation and pairs their images and labels.
 
-Files are found by name alone; looking into them is in `tools.data.inspection`.
+Files are found by name only; `tools.data.inspection` reads them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools.data.scans import (
 
 logger = logging.getLogger(__name__)
 
-Case = dict[str, Any]  # {"image": path or paths, one for each channel; "label": path}
+Case = dict[str, Any]  # {"image": path, or a list with one path per channel; "label": path}
 
 SECTIONS = ("training", "validation", "test")
 NIFTI = (".nii", ".nii.gz")
@@ -37,7 +37,7 @@ SEGMENTATION = re.compile(r"[_-]segm?$", re.IGNORECASE)  # Segm: one case of Bra
 
 @dataclass(frozen=True)
 class Pairing:
-    """What a folder holds: cases, and what keeps other files from being one."""
+    """The cases in a folder, and the problems with its other files."""
 
     cases: list[Case] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # one sentence each
@@ -47,26 +47,27 @@ class Pairing:
 
 
 def find_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] | None = None) -> list[Case]:
-    """Find the cases of a data set in the layout in which it is published.
+    """Find the cases of a data set in its published layout.
 
     Layouts:
-        btcv: images `img0001.nii.gz` and labels `label0001.nii.gz` at any depth, paired by number. Images in a
-            folder none of whose images has a label are test scans, which are left out.
-        brats: `X_MODALITY.nii.gz` for each modality and `X_seg.nii.gz` in one folder, at any depth. Cases that lie
-            beside one another, of which none has a label, are a test set, which is left out.
+        btcv: images `img0001.nii.gz` and labels `label0001.nii.gz` at any depth, paired by number. Folders in which no
+            image has a label are test sets, which are skipped.
+        brats: `X_MODALITY.nii.gz` for each modality and `X_seg.nii.gz` in one folder, at any depth. Folders of several
+            cases without any label are test sets, which are skipped.
         msd: the `training` entries of `dataset.json`; without it, files of the same name in `imagesTr` and
             `labelsTr`.
 
     Args:
-        dataset_dir: folder of the data set. The cases' paths start with it, unchanged.
+        dataset_dir: folder of the data set; the paths of the cases start with it.
         layout: one of the above.
-        modalities: names of the channels in their order; for brats.
+        modalities: names of the channels in order; for brats.
 
     Returns:
         The cases, sorted by the path of their image.
 
     Raises:
-        ScanError: no such folder or layout, no case, or files without their counterpart; names all of them.
+        ScanError: the folder or the layout does not exist, there is no case, or files have no counterpart; the message
+            lists all of them.
     """
     found = pair_cases(dataset_dir, layout, modalities)
     if found.problems:
@@ -76,7 +77,7 @@ def find_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] |
 
 
 def pair_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] | None = None) -> Pairing:
-    """Do as `find_cases`, but return what is wrong with files; raise if there is no case and nothing is wrong."""
+    """Do as `find_cases`, but return the problems with files; raise only if there is neither a case nor a problem."""
     if layout not in LAYOUTS:
         raise ScanError(f"layout: found {layout!r}, expected one of {', '.join(LAYOUTS)}")
     root = require_folder(dataset_dir)
@@ -115,12 +116,12 @@ def _ambiguous(paths: Iterable[Path]) -> str:
 
 
 def _say_left_out(scans: Iterable[Path]) -> None:
-    """Name folders of scans without labels, which are published beside the others for a challenge's test."""
+    """Log the folders of scans without labels: the test sets of challenges."""
     folders = defaultdict(list)
     for path in scans:
         folders[path.parent].append(path)
     for folder, paths in sorted(folders.items()):
-        logger.warning("%s: %d scans without labels are left out, as a test set", folder, len(paths))
+        logger.warning("%s: %d scans without labels are left out: they seem to be a test set", folder, len(paths))
 
 
 def _pair_brats(root: Path, modalities: Sequence[str] | None) -> Pairing:
@@ -128,7 +129,7 @@ def _pair_brats(root: Path, modalities: Sequence[str] | None) -> Pairing:
         raise ScanError(f"modalities: found {modalities!r}, expected names of the channels, as [t1, t1ce, t2, flair]")
     nifti = [folder / name for folder, names in walk(root) for name in sorted(names) if name.endswith(NIFTI)]
     groups, rest = _by_modality(nifti, [*modalities, "seg"])
-    siblings = defaultdict(list)  # cases that lie beside one another, each in its folder
+    siblings = defaultdict(list)  # cases in the same parent folder, each in its own folder
     for case in groups:
         siblings[case.parent.parent].append(case)
     unlabelled = [group for group in siblings.values() if not any("seg" in groups[case] for case in group)]
@@ -158,10 +159,10 @@ def _kinds(parts: Sequence[str]) -> str:
 def _by_modality(
     paths: Iterable[Path], modalities: Sequence[str]
 ) -> tuple[dict[Path, dict[str, list[Path]]], list[Path]]:
-    """Group files by what comes before their modality, as in `X_t1`.
+    """Group files by the part of their name before the modality, as in `X_t1`.
 
     Returns:
-        Path of the group (`folder/X`) → modality → files; and the files that end in no modality.
+        Path of the group (`folder/X`) → modality → files; and the files whose names end in no modality.
     """
     groups: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     rest = []
@@ -234,17 +235,17 @@ def find_inference_scans(
     """Find scans to segment; labels are not needed.
 
     Args:
-        dataset_dir: folder of scans, or that the paths of the data list are relative to.
-        datalist: JSON whose `test` is taken, or None.
-        modalities: names of the channels in their order, if each is a file of its own: files whose names end in
-            them (`X_t1.nii.gz`) become one scan, those that end in `_seg` are left out, and others stay scans of
-            their own (4D files).
+        dataset_dir: folder of scans, or base folder of the paths in the data list.
+        datalist: JSON file whose `test` scans are used, or None.
+        modalities: names of the channels in order, if each has a separate file: files whose names end in them
+            (`X_t1.nii.gz`) are combined to one scan, those that end in `_seg` are skipped, and each other file is a
+            scan (4D files).
 
     Returns:
-        One `{"image": path or paths}` for each scan, sorted by path.
+        One `{"image": path or paths}` per scan, sorted by path.
 
     Raises:
-        ScanError: nothing found, a data list that cannot be read, or scans without all their channels.
+        ScanError: there is no scan, the data list is not readable, or channels of a scan are missing.
     """
     if datalist:
         scans = read_datalist(datalist, dataset_dir, "test")

@@ -11,21 +11,22 @@ from tools.data.scans import ScanError, files_of
 def read_datalist(
     datalist: str | Path, dataset_dir: str | Path | None, section: str, labels: bool = False
 ) -> list[dict]:
-    """Read one section of a Decathlon-style JSON file, and see that its files exist.
+    """Read one section of a Decathlon-style JSON file, and check that its files exist.
 
     Args:
-        datalist: the JSON file. Entries are paths, or objects whose `image` is a path or a list of paths
-            (one for each channel), and whose `label` is a path; other keys of an entry are left out.
-        dataset_dir: folder that relative paths start from; None for the folder of the datalist.
+        datalist: JSON file. Entries are paths, or objects whose `image` is a path or a list of paths (one per
+            channel), and whose `label` is a path; other keys of an entry are ignored.
+        dataset_dir: base folder of relative paths; None for the folder of the datalist.
         section: `training`, `validation` or `test`.
-        labels: keep the labels of the entries that have one.
+        labels: whether to keep the labels.
 
     Returns:
-        One `{"image": path or list of paths}`, with `labels` also `"label": path`, for each entry, in the order of
-        the file; an empty list if the section is missing and is not `training`.
+        One `{"image": path or list of paths}` per entry, in the order of the file, with `labels` also
+        `"label": path`; an empty list if the section is missing and is not `training`.
 
     Raises:
-        ScanError: no such file, not JSON, an entry of another form, no training entry, or missing files.
+        ScanError: the file does not exist or is not JSON, an entry is malformed, there is no training entry, or files
+            are missing.
     """
     items = datalist_items(datalist, dataset_dir, section, labels)
     missing = [path for item in items for path in files_of(item) if not Path(path).exists()]
@@ -41,7 +42,7 @@ def read_datalist(
 def datalist_items(
     datalist: str | Path, dataset_dir: str | Path | None, section: str, labels: bool = False
 ) -> list[dict]:
-    """Do as `read_datalist`, but take files that do not exist, too."""
+    """Do as `read_datalist`, without checking that the files exist."""
     content = load_datalist(datalist)
     if section not in content:
         if section == "training":
@@ -65,7 +66,7 @@ def load_datalist(datalist: str | Path) -> dict:
     """Read the whole JSON object of a data list.
 
     Raises:
-        ScanError: no such file, or not a JSON object.
+        ScanError: the file does not exist, or is not a JSON object.
     """
     path = Path(datalist)
     if not path.is_file():

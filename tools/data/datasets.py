@@ -1,4 +1,4 @@
-"""Data sets that decode and resample each scan once: MONAI's, chosen by one word."""
+"""MONAI's data sets that decode and resample each scan once, selected by name."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def make_dataset(
     cache_dir: str | Path,
     num_workers: int = 0,
 ) -> Dataset:
-    """A data set whose deterministic transforms (all before the first random one) run once per scan.
+    """Create a data set whose deterministic transforms (all before the first random one) run once per scan if cached.
 
     Args:
         data: items, as `{"image": path}`.
         transform: a `Compose`.
-        cache: `none`, `memory` (kept by this process, filled now) or `disk` (filled when first read).
-        cache_dir: folder of the disk cache; entries of other files, file versions or settings are not reused.
-        num_workers: threads that fill the memory cache.
+        cache: `none`, `memory` (in this process, filled immediately) or `disk` (filled when first read).
+        cache_dir: folder of the disk cache; entries depend on files, file dates and settings.
+        num_workers: number of threads that fill the memory cache.
 
     Raises:
-        ValueError: `cache` is none of the three.
+        ValueError: `cache` is unknown.
     """
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}; found {cache!r}")
@@ -52,12 +52,12 @@ def make_dataset(
 
 
 def hash_item(item: Mapping[str, Any]) -> bytes:
-    """Changes with the item and with the size or date of its files."""
+    """Hash of an item and of the sizes and dates of its files."""
     return _digest([dict(item), scan_key(item)])
 
 
 def hash_transforms(transforms: Sequence[Any]) -> bytes:
-    """Changes with the class or any setting of the transforms."""
+    """Hash of the classes and settings of the transforms."""
     return _digest([_describe(transform) for transform in transforms])
 
 

@@ -1,7 +1,7 @@
-"""Checks of a DICOM series, of which GDCM, its reader, says nothing.
+"""Checks of a DICOM series that its reader, GDCM, does not make.
 
-GDCM drops slices that it cannot read and reads beyond the end of short ones: other memory shows up as voxels, or the
-process crashes.
+GDCM drops slices that it cannot read, and reads beyond the end of truncated ones, so that other memory appears as
+voxels or the process crashes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import pydicom
 
 from tools.data.scans import is_dicom
 
-UNEVEN = 0.25  # of the mean gap between slices; less is rounding in the headers
+UNEVEN = 0.25  # fraction of the mean gap between slices; smaller differences are rounding in the headers
 
 
 def series_problem(folder: Path) -> str | None:
-    """Say what is wrong with a series, as in "holds 2 DICOM series, expected 1"; None if nothing is.
+    """Describe the problem of a series, as in "holds 2 DICOM series, expected 1"; None if there is none.
 
-    Looked for are several series, lost slices, a pixel spacing of 0, short pixel data and uneven gaps.
+    Checks for several series, unreadable slices, a pixel spacing of 0, truncated pixel data and uneven gaps.
     """
     import itk  # takes seconds, and only DICOM needs it here
 
@@ -46,13 +46,13 @@ def series_problem(folder: Path) -> str | None:
         found, expected = len(header.get("PixelData", b"")), _pixel_bytes(header)
         if found < expected:
             return f"is truncated: found {found} bytes of pixels in {path.name}, expected {expected}"
-        header.pop("PixelData", None)  # or else the memory holds the whole series
+        header.pop("PixelData", None)  # do not keep the whole series in memory
         headers.append(header)
     return _gap_problem(headers)
 
 
 def _lost_slices(folder: Path, slices: list[Path]) -> list[Path]:
-    """Find the slices that GDCM did not take; files of another kind (reports, contours) are no slices."""
+    """Find the slices that GDCM did not read; other objects (reports, contours) are not slices."""
     kind = pydicom.dcmread(slices[0], force=True, stop_before_pixels=True).get("SOPClassUID")
     lost = []
     for path in sorted(set(folder.iterdir()) - set(slices)):
@@ -74,7 +74,7 @@ def _pixel_bytes(header: pydicom.Dataset) -> int:
 
 
 def _gap_problem(headers: list[pydicom.Dataset]) -> str | None:
-    """Uneven gaps between slices, along their normal."""
+    """Check the gaps between slices, along their normal."""
     if len(headers) < 3 or not all("ImagePositionPatient" in s and "ImageOrientationPatient" in s for s in headers):
         return None
     row, column = np.reshape(headers[0].ImageOrientationPatient, (2, 3)).astype(float)

@@ -1,7 +1,7 @@
-"""Looks at every scan before any training time is spent on it.
+"""Checks every scan before training.
 
-Training meets a bad file hours after its start. So every scan is read once, whole, by the reader that training will
-use (`tools.data.reading`), and what was found is remembered.
+Without this, a bad file may stop a training after hours. So every scan is read once, completely, by the reader that
+training uses (`tools.data.reading`), and the results are saved.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from tools.data.scans import files_of, paths_of
 
 logger = logging.getLogger(__name__)
 
-REMEMBER_FORMAT = 3  # raise it when a check is added, so that remembered scans are looked at again
-SAVE_EVERY = 60.0  # seconds between two savings while thousands of scans are read
-# How far a label's corner may lie from the image's. Rounding in headers (spacing of four digits, quaternions in
-# single precision) reaches a tenth of a voxel over 512; the smallest real mistake, of the origin, is half a voxel.
+REMEMBER_FORMAT = 3  # increase it when a check is added, so that saved results are not used
+SAVE_EVERY = 60.0  # seconds between two saves while thousands of scans are read
+# Tolerance between the corners of label and image. Rounding in headers (spacing of four digits, quaternions in single
+# precision) reaches a tenth of a voxel over 512 voxels; the smallest real error, of the origin, is half a voxel.
 LABEL_OFFSET = 0.25  # voxels
-LABEL_SPACING = 1e-3  # mm; up to here MONAI's `Spacingd` makes sure that both are resampled to the same shape
+LABEL_SPACING = 1e-3  # mm; up to this difference MONAI's `Spacingd` resamples both to the same shape
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What training will see of one scan; without the voxels.
+    """Properties of one scan, as training will read it.
 
     Attributes:
-        image: path of the file or DICOM folder, or a list of paths, one for each channel.
+        image: path of the file or DICOM folder, or a list of paths, one per channel.
         channels: number of channels.
         shape: voxels along the three axes.
         spacing: voxel size in mm along the three axes.
         low: lowest intensity, in the unit of the file (HU for CT).
         high: highest intensity.
-        problem: why it cannot be trained on, in one sentence, and then all numbers are zero; None if it can.
-        labels: values in its label file, 0 among them, sorted; empty if it has no label.
+        problem: why the scan is unusable, in one sentence (all numbers are then zero); None if it is usable.
+        labels: values in its label file, including 0, sorted; empty if it has no label.
     """
 
     image: str | list[str]
@@ -64,7 +64,7 @@ class Scan:
 
     @property
     def name(self) -> str:
-        """Its path or paths, for messages."""
+        """Path or paths of the scan, for messages."""
         return ", ".join(paths_of({"image": self.image}))
 
 
@@ -72,18 +72,17 @@ class Scan:
 
 
 def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None = None) -> Scan:
-    """Read a whole scan, and its label if it has one, as training will, and say what it is.
+    """Read a whole scan, and its label if it has one, as training will, and return its properties.
 
-    While it reads, what libraries print to stderr is held back from the whole process: call it from several
-    processes rather than from several threads.
+    While it reads, stderr of the whole process is captured: call it from several processes, not from several threads.
 
     Args:
-        item: `{"image": path}`, or a list of paths, one for each channel; `"label": path` beside it.
-        channels: number of channels that the network takes.
-        label_values: values that a label may hold beside 0; None for any whole numbers.
+        item: `{"image": path}`, or a list of paths, one per channel; optionally with `"label": path`.
+        channels: number of input channels of the network.
+        label_values: label values that are allowed in addition to 0; None for any whole numbers.
 
     Returns:
-        The scan. Bad data do not raise: `Scan.problem` says what was found and what was expected.
+        Properties of the scan. Bad data do not raise: `Scan.problem` says what was found and what was expected.
     """
     paths = paths_of(item)
     try:
@@ -113,7 +112,7 @@ def _image(item: dict) -> str | list[str]:
 
 
 def _read_channels(paths: list[str]) -> list[File]:
-    """Read a scan of one file for each channel; as in MONAI, all must lie in one place."""
+    """Read a scan with one file per channel; as in MONAI, all must have the same affine."""
     files: list[File] = []
     for path in paths:
         name = Path(path).name
@@ -144,7 +143,7 @@ def _check_channels(files: list[File], channels: int) -> None:
 
 
 def _read_label_of(path: str, image: File, label_values: Sequence[int] | None) -> File:
-    """Read a label file, which must lie where the image does and hold nothing but label values."""
+    """Read a label file and check that its geometry is that of the image and its values are label values."""
     try:
         file = read_label(path, label_values)
         _check_place(file, image)
@@ -154,7 +153,7 @@ def _read_label_of(path: str, image: File, label_values: Sequence[int] | None) -
 
 
 def _check_place(label: File, image: File) -> None:
-    """Refuse a label of another grid than the image's: evaluation compares voxel by voxel."""
+    """Refuse a label whose grid differs from that of the image: evaluation compares voxel by voxel."""
     axes = tuple("".join(nib.aff2axcodes(file.affine)) for file in (label, image))
     turn = ornt_transform(io_orientation(label.affine), io_orientation(image.affine))
     turned = replace(
@@ -204,15 +203,15 @@ def inspect_scans(
     """Inspect many scans, and the labels of those that have one.
 
     Args:
-        items: as from `find_scans`, `read_datalist` or `find_cases`.
-        channels: number of channels that the network takes.
-        workers: processes that read; 0 reads in this one.
-        remember: JSON file that keeps readable scans, so that unchanged files are not read a second time.
-            Several processes may share it. If it cannot be read or written, that is only logged.
-        label_values: values that a label may hold beside 0; None for any whole numbers.
+        items: items from `find_scans`, `read_datalist` or `find_cases`.
+        channels: number of input channels of the network.
+        workers: number of processes that read; 0 reads in this process.
+        remember: JSON file that stores the results of usable scans, so that unchanged files are not read again.
+            Several processes may share it. Failure to read or write it is only logged.
+        label_values: label values that are allowed in addition to 0; None for any whole numbers.
 
     Returns:
-        One `Scan` for each item, in their order.
+        One `Scan` per item, in the same order.
     """
     remembered = _recall(remember)
     values = None if label_values is None else sorted(label_values)
@@ -228,12 +227,12 @@ def inspect_scans(
         bar = tqdm(results, total=len(pending), desc="Reading scans", unit="scan", disable=len(pending) <= 20)
         for n, scan in zip(unread, bar, strict=True):
             scans[n] = scan
-            if scan.problem is None:  # a disk or a network may recover: problems are looked at again
+            if scan.problem is None:  # problems are checked again, because a disk or a network may recover
                 fresh[keys[n]] = scan
             if time.monotonic() - saved > SAVE_EVERY:
                 _save(remember, fresh)
                 saved = time.monotonic()
-    finally:  # an interrupted start keeps what it has read
+    finally:  # an interrupted check keeps its results so far
         _save(remember, fresh)
     return scans
 
@@ -252,7 +251,7 @@ def _in_processes(inspect: Callable[[dict], Scan], items: list[dict], workers: i
 
 
 def _alone(inspect: Callable[[dict], Scan], item: dict) -> Scan:
-    """Read a scan in a process of its own, so that a crash of the reader is attributed to the right scan."""
+    """Read a scan in a separate process, so that a crash of the reader is attributed to this scan."""
     with ProcessPoolExecutor(1) as pool:
         try:
             return pool.submit(inspect, item).result()
@@ -261,7 +260,7 @@ def _alone(inspect: Callable[[dict], Scan], item: dict) -> Scan:
 
 
 def scan_key(item: dict) -> str:
-    """Name a scan by its path, and the size and time of every file that belongs to it, its label among them."""
+    """Hash of the paths, sizes and dates of all files of a scan, including its label."""
     lines = []
     for path in map(Path, files_of(item)):
         try:

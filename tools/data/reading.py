@@ -1,7 +1,7 @@
-"""Reads one file of a scan as training will read it, and refuses what cannot be trained on.
+"""Reads one file of a scan as training will read it, and refuses unusable files.
 
-Some readers never complain: ITK goes on after a failed decompression, nibabel makes a spacing of 1 out of 0. What they
-keep to themselves is checked here, and in `tools.data.dicom`.
+Some readers ignore errors: ITK continues after a failed decompression, nibabel replaces a spacing of 0 by 1. This
+module and `tools.data.dicom` check for such errors.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tools.data.dicom import series_problem
 
 
 class UnfitError(Exception):
-    """One scan cannot be trained on; the message becomes `Scan.problem`."""
+    """A scan is unusable for training; the message becomes `Scan.problem`."""
 
 
 @dataclass(frozen=True)
 class File:
-    """What one file, or one DICOM folder, holds."""
+    """Properties of one file or one DICOM folder."""
 
     path: str
     channels: int
@@ -55,29 +55,29 @@ class File:
 
 
 def read_image(path: str) -> File:
-    """Read an image file or a DICOM folder whole.
+    """Read a whole image file or DICOM folder.
 
     Raises:
-        UnfitError: it cannot be read, or cannot be trained on.
+        UnfitError: the file is not readable, or is unusable for training.
     """
     return _read(path, _measure_image)
 
 
 def read_label(path: str, label_values: Sequence[int] | None) -> File:
-    """Read a label file whole.
+    """Read a whole label file.
 
     Args:
-        path: of the file.
-        label_values: values that it may hold beside 0; None for any whole numbers.
+        path: label file.
+        label_values: values that are allowed in addition to 0; None for any whole numbers.
 
     Raises:
-        UnfitError: it cannot be read, or holds something else.
+        UnfitError: the file is not readable, or has other values.
     """
     return _read(path, partial(_measure_label, label_values=label_values))
 
 
 def _read(path: str, measure: Callable[[str, np.ndarray, np.ndarray], File]) -> File:
-    """Read a file whole; `measure` describes its array [channels, *spatial] and affine."""
+    """Read a whole file; `measure` describes its array [channels, *spatial] and affine."""
     with _held_back() as printed:
         try:
             _check_bytes(Path(path))
@@ -92,7 +92,7 @@ def _read(path: str, measure: Callable[[str, np.ndarray, np.ndarray], File]) -> 
             raise
         except Exception as error:
             raise UnfitError(_failure(Path(path), error, printed())) from error
-        if "Uncompress failed" in printed():  # ITK gives what it had
+        if "Uncompress failed" in printed():  # ITK returns incomplete data
             raise UnfitError("is damaged: ITK could not decompress its data, expected intact data")
     return file
 
@@ -104,9 +104,9 @@ def _loader() -> LoadImage:
 
 @contextmanager
 def _held_back() -> Iterator[Callable[[], str]]:
-    """Hold back what is printed to stderr, and give it as text.
+    """Capture stderr as text.
 
-    ITK's C++ parts write to file descriptor 2, past `sys.stderr`, and some failures are told nowhere else.
+    ITK's C++ code writes to file descriptor 2, not to `sys.stderr`, and reports some failures only there.
     """
     with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,10 +129,10 @@ def _held_back() -> Iterator[Callable[[], str]]:
 
 
 def _failure(path: Path, error: Exception, printed: str) -> str:
-    """Say in one sentence why a reader failed, in its own words, and what the file looks like."""
+    """Describe in one sentence why a reader failed, with its own message and the first bytes of the file."""
     if "is not wrapped for input type" in str(error):
         return "has several channels of a type that ITK cannot read in Python, expected a file for each channel"
-    # ITK and teem go from general to specific
+    # ITK and teem print the most specific message last
     words = re.split(r"ITK ERROR: (?:\w+\(0x\w+\): )?|\[nrrd\] ", printed or str(error))[-1]
     words = " ".join(words.split())[:300] or type(error).__name__
     if path.is_dir():
@@ -170,7 +170,7 @@ def raw_file(path: Path) -> Path | None:
 
 
 def _check_nifti(path: str) -> None:
-    """Refuse an affine without volume, which nibabel and MONAI would replace (a spacing of 0 becomes 1)."""
+    """Refuse a degenerate affine, which nibabel and MONAI would replace (a spacing of 0 becomes 1)."""
     header_class = nib.load(path).header_class
     with ImageOpener(path) as file:
         affine = header_class.from_fileobj(file, check=False).get_best_affine()
@@ -203,7 +203,7 @@ def _check_finite(array: np.ndarray) -> None:
 
 
 def _measure_image(path: str, array: np.ndarray, affine: np.ndarray) -> File:
-    """Describe an image [channels, *spatial]; refuse what cannot be trained on."""
+    """Describe an image [channels, *spatial]; refuse one that is unusable for training."""
     _check_axes(array)
     _check_affine(affine)
     _check_finite(array)
@@ -217,7 +217,7 @@ def _measure_image(path: str, array: np.ndarray, affine: np.ndarray) -> File:
 
 
 def _measure_label(path: str, array: np.ndarray, affine: np.ndarray, label_values: Sequence[int] | None) -> File:
-    """Describe a label map [1, *spatial]; refuse what no class can be made of. One value everywhere is no mistake."""
+    """Describe a label map [1, *spatial]; refuse values that are not labels. A constant label map is allowed."""
     _check_axes(array)
     _check_affine(affine)
     _check_finite(array)
@@ -227,29 +227,29 @@ def _measure_label(path: str, array: np.ndarray, affine: np.ndarray, label_value
     fractions = array[0][array[0] != np.rint(array[0])]
     if fractions.size:
         raise UnfitError(
-            f"has {fractions.size} voxels of no whole number (first: {fractions[0]:g}), expected label values"
+            f"has {fractions.size} voxels that are not whole numbers (first: {fractions[0]:g}), expected label values"
         )
     voxels = _count_values(array[0])
     strange = set() if label_values is None else voxels.keys() - {0, *label_values}
     if strange:
         values = ", ".join(map(str, sorted({0, *label_values})))
-        raise UnfitError(f"has values of no class: found {_value_text(strange, voxels)}, expected {values}")
+        raise UnfitError(f"has unknown label values: found {_value_text(strange, voxels)}, expected {values}")
     labels = tuple(sorted(voxels))
     return File(path, channels, tuple(shape), affine, min(labels), max(labels), labels)
 
 
 def _count_values(array: np.ndarray) -> Counter[int]:
-    """Voxels of each value; most are 0, and sorting the others alone is many times faster."""
+    """Count the voxels of each value; most are 0, and sorting only the others is many times faster."""
     voxels: Counter[int] = Counter()
     for plane in array:
         values, counts = np.unique(plane[plane != 0], return_counts=True)
         voxels.update(dict(zip(values.astype(int).tolist(), counts.tolist(), strict=True)))
         voxels[0] += plane.size - int(counts.sum())
-    return +voxels  # without those that have no voxel
+    return +voxels  # without values that have no voxel
 
 
 def _value_text(values: Collection[int], voxels: Mapping[int, int]) -> str:
-    """Name the values that have the most voxels."""
+    """List the values with the most voxels."""
     first = sorted(values, key=lambda value: (-voxels[value], value))[:5]
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
     return ", ".join(f"{value} ({voxels[value]} voxels)" for value in first) + more

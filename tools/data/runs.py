@@ -1,4 +1,4 @@
-"""The scans and cases of a run, as configs ask for them: found or listed, checked, and split."""
+"""Finds, checks and splits the scans and cases of a run; called from configs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TrainingCases:
     test: list[Case]
 
     def section(self, name: str) -> list[Case]:
-        """The cases of a section, which must not be empty.
+        """Return the cases of a section.
 
         Raises:
-            ScanError: there is no such section, or nothing in it.
+            ScanError: the section does not exist or is empty.
         """
         cases = getattr(self, name) if name in SECTIONS else None
         if not cases:
@@ -53,24 +53,24 @@ def find_training_cases(
     label_fraction: float,
     seed: int,
 ) -> TrainingCases:
-    """Cases of a data set or of a data list, split; the same on all ranks.
+    """Find and split the cases of a data set or of a data list; the same on all ranks.
 
     Args:
-        dataset_dir: folder of the data set, or that the paths of the data list are relative to.
-        datalist: JSON with `training` and optionally `validation` and `test`, or None.
-        layout: of `dataset_dir`, as in `find_cases`; ignored with a data list.
+        dataset_dir: folder of the data set, or base folder of the paths in the data list.
+        datalist: JSON file with `training` and optionally `validation` and `test`, or None.
+        layout: layout of `dataset_dir`, as in `find_cases`; not used with a data list.
         modalities: names of the channels, for the layout brats.
-        fold: that validates, unless the data list has a `validation`. None: as in `split_by_layout`.
+        fold: number of the validation fold; not used if the data list has `validation`. None: as in `split_by_layout`.
         folds: number of folds.
-        split_seed: of the folds.
-        label_fraction: share of the training cases that is taken.
-        seed: of that share.
+        split_seed: random seed of the folds.
+        label_fraction: fraction of the training cases to use.
+        seed: random seed that selects this fraction.
 
     Returns:
-        The cases. `test` are those of the data list that have a label.
+        The cases. `test` has the test cases of the data list that have a label.
 
     Raises:
-        ScanError: nothing found, files without their counterpart, or a list or split that cannot be made.
+        ScanError: there is no case, files have no counterpart, the list is not readable, or the split is impossible.
     """
     if datalist:
         training, validation = (_labelled_cases(datalist, dataset_dir, part) for part in ("training", "validation"))
@@ -84,10 +84,10 @@ def find_training_cases(
 
 
 def _labelled_cases(datalist: str | Path, dataset_dir: str | Path | None, section: str) -> list[Case]:
-    """Read a section of a data list, each of whose entries needs a label.
+    """Read a section of a data list in which every entry needs a label.
 
     Raises:
-        ScanError: as `read_datalist`, or entries have no label; names them.
+        ScanError: as in `read_datalist`, or entries have no label; the message lists them.
     """
     cases = read_datalist(datalist, dataset_dir, section, labels=True)
     without = [
@@ -104,11 +104,11 @@ def _warn_of_overlap(training: list[Case], others: list[Case]) -> None:
     seen = {tuple(paths_of(case)) for case in training}
     both = [", ".join(paths_of(case)) for case in others if tuple(paths_of(case)) in seen]
     if both:
-        logger.warning("%d cases are trained on and evaluated, too (first: %s)", len(both), both[0])
+        logger.warning("%d cases are used for both training and evaluation (first: %s)", len(both), both[0])
 
 
 def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Which file, or which volume of a 4D file, is taken for which channel: a wrong order is seen nowhere else."""
+    """Rows of the start table with the file, or the volume of a 4D file, of each channel, to check their order."""
     if not modalities:
         return []
     paths = paths_of(case)
@@ -118,10 +118,10 @@ def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> 
 
 
 def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
-    """Folder below which results keep the folders of the scans, found without looking for scans.
+    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
 
-    That is `dataset_dir` (or the folder around it, if it is a DICOM series itself); with a data list, whose paths may
-    lead anywhere, the deepest folder that holds all its `test` scans.
+    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
+    anywhere, it is the deepest folder that contains all `test` scans.
     """
     if datalist:
         return root_of(datalist_items(datalist, dataset_dir, "test"))
@@ -149,20 +149,20 @@ def find_training_scans(
     workers: int,
     remember: str,
 ) -> TrainingScans:
-    """Scans of a folder or of a data list, split into training and validation; the same on all ranks.
+    """Find the scans of a folder or of a data list, split into training and validation; the same on all ranks.
 
     Args:
-        dataset_dir: folder that is searched, or that the paths of the data list are relative to.
-        datalist: JSON with `training` and optionally `validation`, or None.
-        channels: that each scan must have.
-        val_fraction: share that is kept for validation, if the data list has no `validation`.
-        seed: of the split.
-        skip_unreadable: read all scans now, and leave out those that cannot be used.
-        workers: that read scans.
-        remember: file with what earlier starts found, so that unchanged scans are not read again.
+        dataset_dir: folder that is searched, or base folder of the paths in the data list.
+        datalist: JSON file with `training` and optionally `validation`, or None.
+        channels: number of channels that each scan must have.
+        val_fraction: fraction of the scans for validation; not used if the data list has `validation`.
+        seed: random seed of the split.
+        skip_unreadable: whether to read all scans now and exclude unusable ones.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
 
     Raises:
-        ScanError: nothing found, or a list or split that cannot be made.
+        ScanError: there is no scan, the list is not readable, or the split is impossible.
     """
     training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir)
     validation = read_datalist(datalist, dataset_dir, "validation") if datalist else []
@@ -191,7 +191,7 @@ def _inspect(
     remember: str,
     label_values: Sequence[int] | None = None,
 ) -> list[Scan]:
-    with idist.one_rank_first():  # the others find its results remembered
+    with idist.one_rank_first():  # the other ranks read its saved results
         return inspect_scans(items, channels, workers, Path(remember), label_values)
 
 
@@ -202,17 +202,17 @@ def require_usable(
     remember: str,
     label_values: Sequence[int] | None = None,
 ) -> list[Scan]:
-    """What is known of the scans, all of which can be used.
+    """Check that all scans are usable and return their properties.
 
     Args:
         items: scans, with or without `label`.
-        channels: that each scan must have.
-        workers: that read scans.
-        remember: file with what earlier starts found, so that unchanged scans are not read again.
-        label_values: values that a label may hold beside 0; None: labels are ignored.
+        channels: number of channels that each scan must have.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
+        label_values: label values that are allowed in addition to 0; None: labels are not read.
 
     Raises:
-        ScanError: naming the unusable scans, each with its reason.
+        ScanError: scans are unusable; the message lists them with the reasons.
     """
     if not items:
         raise ScanError("found no scan to work on, expected at least one in dataset_dir, or in the datalist's section")

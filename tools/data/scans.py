@@ -1,4 +1,4 @@
-"""Finds scans by their names; looking into them is in `tools.data.inspection`."""
+"""Finds scans by their names; `tools.data.inspection` reads them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ RAW = (".raw", ".zraw")  # the voxels of a .mhd
 
 
 class ScanError(ValueError):
-    """Scans, or a list of them, are not what was expected; the message says what was found."""
+    """Scans or a data list are wrong; the message says what was found and what was expected."""
 
 
 # ---------------------------------------------------------------------------------------------- finding scans
 
 
 def find_scans(dataset_dir: str | Path) -> list[dict]:
-    """Find every scan below a folder: files with one of `EXTENSIONS`, and folders that hold a DICOM series.
+    """Find every scan below a folder: files with one of `EXTENSIONS`, and folders with a DICOM series.
 
-    Hidden files and folders are left out, macOS's `._scan.nii.gz` among them.
+    Hidden files and folders are skipped, for instance `._scan.nii.gz` of macOS.
 
     Returns:
-        One `{"image": path}` for each scan, sorted by path. Paths start with `dataset_dir`, unchanged.
+        One `{"image": path}` per scan, sorted by path. Paths start with the argument `dataset_dir`.
 
     Raises:
-        ScanError: there is no such folder, or no scan in it.
+        ScanError: the folder does not exist or contains no scan.
     """
     scans = scan_paths(dataset_dir)
     _warn_of_labels(scans, Path(dataset_dir))
@@ -39,7 +39,7 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
 
 
 def scan_paths(dataset_dir: str | Path) -> list[str]:
-    """Do as `find_scans`, without a word about labels among the scans; return the sorted paths."""
+    """Return the sorted paths of `find_scans`, without its warning about labels."""
     root = require_folder(dataset_dir)
     scans: list[str] = []
     others = 0
@@ -59,10 +59,10 @@ def scan_paths(dataset_dir: str | Path) -> list[str]:
 
 
 def require_folder(dataset_dir: str | Path) -> Path:
-    """Return the folder of a data set.
+    """Return the folder of a data set as a path.
 
     Raises:
-        ScanError: there is none.
+        ScanError: the folder does not exist.
     """
     root = Path(dataset_dir)
     if not root.is_dir():
@@ -72,7 +72,7 @@ def require_folder(dataset_dir: str | Path) -> Path:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder that is not hidden with the names of its files; follows links, each folder once."""
+    """Yield every visible folder once, with the names of its visible files; follows links."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=lambda e: logger.warning("%s", e)):
         status = Path(folder).stat()
@@ -89,7 +89,7 @@ def is_dicom(folder: Path, name: str) -> bool:
     if name.upper() == "DICOMDIR" or name.lower().endswith(RAW):  # DICOMDIR is a table of contents
         return False
     try:
-        with FileIO(f"{folder}{os.sep}{name}") as file:  # for 100,000 files: Path takes twice the time
+        with FileIO(f"{folder}{os.sep}{name}") as file:  # Path takes twice the time for 100,000 files
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
@@ -100,8 +100,8 @@ def _warn_of_labels(scans: list[str], root: Path) -> None:
     labels = [path for path in scans if pattern.search(path[len(str(root)) :])]
     if labels:
         logger.warning(
-            "%d of the %d scans found in %s look like labels by their names (first: %s), but they are taken for "
-            "scans. Give the folder that holds images only, or a datalist.",
+            "%d of the %d scans found in %s look like labels by their names (first: %s), but are used as scans. "
+            "Pass a folder that contains only images, or a datalist.",
             len(labels),
             len(scans),
             root,
@@ -126,7 +126,7 @@ def contents_text(folder: Path) -> str:
 
 
 def paths_of(item: dict) -> list[str]:
-    """Image files of an item: one, or one for each channel."""
+    """Image files of an item: one, or one per channel."""
     image = item["image"]
     return [str(path) for path in image] if isinstance(image, list | tuple) else [str(image)]
 
@@ -137,5 +137,5 @@ def files_of(item: dict) -> list[str]:
 
 
 def root_of(items: list[dict]) -> str:
-    """The deepest folder that holds all scans."""
+    """Return the deepest folder that contains all scans."""
     return os.path.commonpath([Path(path).absolute().parent for item in items for path in paths_of(item)])

@@ -1,4 +1,4 @@
-"""Divides scans and cases into training, validation and test, the same on every machine."""
+"""Divides scans and cases into training, validation and test, identically on every machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.data.scans import ScanError, paths_of, root_of, stem_of
 
 logger = logging.getLogger(__name__)
 
-BTCV_TRAINING = (*range(1, 11), *range(21, 35))  # numbers of the usual split, as most papers report it
+BTCV_TRAINING = (*range(1, 11), *range(21, 35))  # numbers of the standard split, which most papers use
 BTCV_VALIDATION = tuple(range(35, 41))
 
 
@@ -23,22 +23,21 @@ def split_cases(
 ) -> tuple[list[Case], list[Case], list[Case]]:
     """Divide cases into training, validation and test.
 
-    The cases are put into a random order. The first `test_cases` of it are for the test, the same for every fold;
-    of the others, every `folds`-th validates. The same files and seed give the same parts, wherever they lie and
-    whatever the order of `cases`.
+    The cases are shuffled. The first `test_cases` are the test cases, for every fold; every `folds`-th of the others is
+    a validation case. The split depends only on the files and the seed, not on their folder or the order of `cases`.
 
     Args:
-        cases: all of them.
-        folds: number of parts, at least 2, of which one validates.
-        fold: which one, counted from 0.
-        seed: of the order.
-        test_cases: how many to keep for the test.
+        cases: all cases.
+        folds: number of folds, at least 2.
+        fold: number of the validation fold, from 0.
+        seed: random seed of the order.
+        test_cases: number of test cases.
 
     Returns:
         Training, validation and test cases, each sorted by path.
 
     Raises:
-        ScanError: numbers out of range, fewer cases than they need, or a case that is listed twice.
+        ScanError: a number is out of range, there are too few cases, or a case is listed twice.
     """
     if folds < 2:
         raise ScanError(f"folds: found {folds}, expected at least 2")
@@ -63,7 +62,7 @@ def _shuffled(cases: list[Case], seed: int) -> list[Case]:
 
 
 def sort_cases(cases: list[Case]) -> list[Case]:
-    """Sort by path relative to the common folder, whose own place must not matter.
+    """Sort cases by path relative to their common folder, so that its location does not matter.
 
     Raises:
         ScanError: a case is listed twice.
@@ -79,7 +78,7 @@ def sort_cases(cases: list[Case]) -> list[Case]:
 
 
 def btcv_split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
-    """The split of BTCV's 30 labelled cases that most papers report: 24 to train, img0035 to img0040 to validate.
+    """Return the standard split of BTCV's 30 labelled cases: 24 for training, img0035 to img0040 for validation.
 
     Raises:
         ScanError: the cases are not exactly those 30.
@@ -90,7 +89,7 @@ def btcv_split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
     others = [Path(paths_of(case)[0]).name for number, case in by_number.items() if number not in usual]
     if missing or others or len(cases) > len(usual):
         raise ScanError(
-            f"the usual split of BTCV needs img0001-0010 and img0021-0040: found {len(cases)} cases, missing "
+            f"the standard split of BTCV needs img0001-0010 and img0021-0040: found {len(cases)} cases, missing "
             f"{_ranges(missing) or 'none'}, others {', '.join(others) or 'none'}; expected exactly those, or a fold"
         )
     return [by_number[number] for number in BTCV_TRAINING], [by_number[number] for number in BTCV_VALIDATION]
@@ -110,17 +109,17 @@ def _btcv_number(case: Case) -> int | None:
 def split_by_layout(
     cases: list[Case], layout: str, fold: int | None, folds: int, seed: int, test_cases: int = 0
 ) -> tuple[list[Case], list[Case], list[Case]]:
-    """Do as `split_cases`; `fold` None is the usual split of btcv, and fold 0 where there is none."""
+    """Do as `split_cases`; `fold` None means the standard split of btcv, or fold 0 if there is none."""
     if fold is None and layout == "btcv" and not test_cases:
         try:
             return *btcv_split(cases), []
         except ScanError as error:
-            logger.warning("%s. Fold 0 of %d is taken.", error, folds)
+            logger.warning("%s. Fold 0 of %d is used.", error, folds)
     return split_cases(cases, folds, fold or 0, seed, test_cases)
 
 
 def label_subset(training: list[Case], fraction: float, seed: int) -> list[Case]:
-    """Take a share of the training cases, at least one; smaller shares are parts of larger ones of the same seed.
+    """Select a fraction of the training cases, at least one; with one seed, a smaller fraction is a subset of a larger.
 
     Raises:
         ScanError: `fraction` is not above 0 and at most 1.
@@ -134,8 +133,8 @@ def label_subset(training: list[Case], fraction: float, seed: int) -> list[Case]
 def split_scans(items: list[dict], val_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Divide scans into training and validation, at least one each.
 
-    The same set of scans and the same seed give the same parts, whatever the order of `items`. A scan that is
-    listed twice stays on one side.
+    The split depends only on the set of scans and the seed, not on the order of `items`. A scan that is listed twice is
+    in one part only.
 
     Returns:
         Training and validation items, each sorted by path.

@@ -1,4 +1,4 @@
-"""Transforms, and choices of voxels for them, that MONAI does not have."""
+"""Transforms, and functions that select voxels, that MONAI does not have."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from monai.transforms import Transform
 
 
 class AddFileAndSpacingd(Transform):
-    """Adds `file` (path) and `spacing` (mm, [3]) as plain entries beside the volume `image` [C, H, W, D].
+    """Adds the plain entries `file` (path) and `spacing` (mm, [3]) of the volume `image` [C, H, W, D].
 
-    MONAI keeps them in the volume's meta data, which not every cache keeps, and which does not collate when a
-    batch holds files of different formats.
+    MONAI has them in the volume's meta data, which not every cache stores, and which cannot be collated if a batch has
+    files of different formats.
     """
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:

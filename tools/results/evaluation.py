@@ -1,8 +1,8 @@
 """Evaluation of segmentations: Dice, HD95 and normalised surface Dice of each case, tables and pictures.
 
-Everything is measured in the geometry of the label file, with distances in mm. The surface distances are our own, for
-one class with a stray voxel in the far corner of a scan of 512×512×300: 10 and 16 s, under 0.4 GB (MONAI, MedPy and
-`surface-distance` fill the whole box between the voxels).
+Everything is measured in the geometry of the label file, with distances in mm. This module computes surface distances
+itself, because MONAI, MedPy and `surface-distance` fill the whole bounding box: for a class with a stray voxel in the
+far corner of a scan of 512×512×300, it takes 10 and 16 s and less than 0.4 GB.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ COLUMNS = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}  # key: name in the 
 def case_metrics(
     pred: Tensor, label: Tensor, spacing: Sequence[float], tolerance: float, empty: str
 ) -> dict[str, np.ndarray]:
-    """Measure one segmentation.
+    """Compute the metrics of one segmentation.
 
-    - Dice: twice the common voxels over the sum of both.
-    - HD95, mm, as MONAI has it: 95th percentile of the distances from the surface voxels (those with a face neighbour
+    - Dice: twice the number of common voxels over the sum of both.
+    - HD95, mm, as in MONAI: 95th percentile of the distances from the surface voxels (those with a face neighbour
       outside) of one mask to the nearest of the other, in both directions; the larger of the two.
-    - NSD, 0 to 1: the share of both surfaces that lies within the tolerance of the other one. A surface is made of
-      pieces between eight voxels, each with its area in mm², so that thick slices count for what they are.
+    - NSD, 0 to 1: the fraction of both surfaces that is within the tolerance of the other surface. A surface consists
+      of elements between eight voxels, each with its area in mm², so that thick slices have the correct weight.
 
-    A class without a voxel in the label, the prediction or both has no surface distance. What it gets instead:
+    A class without a voxel in the label, the prediction or both has no surface distance. It gets these values instead:
 
     | `empty` | neither | only predicted | only in the label (missed) |
     | --- | --- | --- | --- |
@@ -64,7 +64,7 @@ def case_metrics(
         pred: bool masks [K, H, W, D].
         label: bool masks [K, H, W, D].
         spacing: voxel size in mm along H, W and D.
-        tolerance: of NSD, mm.
+        tolerance: tolerance of NSD, mm.
         empty: `skip` or `brats`.
 
     Returns:
@@ -93,7 +93,7 @@ def _measure(pred: Tensor, label: Tensor, spacing: Sequence[float], tolerance: f
 
 
 def _box(mask: Tensor) -> tuple[slice, ...]:
-    """The smallest box that holds every voxel of a mask [H, W, D]."""
+    """Return the bounding box of a mask [H, W, D]."""
     planes = (mask.any(dim=2).any(dim=1), mask.any(dim=2).any(dim=0), mask.any(dim=1).any(dim=0))
     ends = (plane.nonzero().flatten().tolist() for plane in planes)
     return tuple(slice(found[0], found[-1] + 1) for found in ends)
@@ -116,10 +116,10 @@ def _surface_dice(pred: np.ndarray, label: np.ndarray, spacing: Sequence[float],
 
 
 def _surface(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Points between eight voxels, not all of which are in the mask [H, W, D].
+    """Find the surface elements of a mask [H, W, D]: corners of voxels of which some, but not all, are in the mask.
 
     Returns:
-        Their places [N, 3] in mm and the area [N] in mm² of the surface that each stands for.
+        Positions [N, 3] in mm and areas [N] in mm² of the elements.
     """
     padded = np.pad(mask, 1).astype(np.uint8)
     code = np.zeros([size + 1 for size in mask.shape], np.uint8)  # which of the eight are in the mask
@@ -131,7 +131,7 @@ def _surface(mask: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np
 
 
 def _within(points: np.ndarray, others: np.ndarray, tolerance: float) -> np.ndarray:
-    """Whether each point [N, 3] has one of the others within the tolerance, all in mm."""
+    """Whether one of the others is within the tolerance of each point [N, 3], all in mm."""
     distances, _ = KDTree(others, leafsize=32).query(points, distance_upper_bound=tolerance + ROUNDING)
     return np.isfinite(distances)
 
@@ -141,13 +141,13 @@ def _within(points: np.ndarray, others: np.ndarray, tolerance: float) -> np.ndar
 
 @dataclass(frozen=True)
 class _Case:
-    """What is known of one case.
+    """The results of one case.
 
     Attributes:
         image: path of its (first) image file.
         label: path of its label file.
-        metrics: of `case_metrics`.
-        score: mean Dice over the classes that count; NaN if none does.
+        metrics: result of `case_metrics`.
+        score: mean Dice over the classes that count; NaN if there are none.
     """
 
     image: str
@@ -157,19 +157,19 @@ class _Case:
 
 
 class CaseMetrics:
-    """Measures every case in its own geometry, writes and prints the results, and draws the worst and the best case.
+    """Measures all cases in the geometry of their files, reports the results, and draws the worst and the best case.
 
     Written to `output_dir`: `evaluation_cases.csv` (a row for each case and class; NaN is an empty cell),
     `evaluation.csv` (a row for each class and `mean`) and `figures/evaluation/{worst,best}_<case>.png`, by the mean
     Dice of the case. To the engine's metrics: `mean_dice`, and `dice_`, `hd95_` and `nsd_` with each class's name.
 
-    Means and standard deviations (of a sample: n − 1) are over the cases that count; `mean` is over the cases' own
-    means over classes. Missed classes have no HD95 under `skip`, which flatters it: they are counted beside it.
+    Means and standard deviations (of a sample: n − 1) are over the cases that count; `mean` is over the means of the
+    cases over classes. With `skip`, missed classes have no HD95, which makes it look better: so `missed` counts them.
 
     Args:
-        classes: name → label values.
+        classes: class name → label values.
         output_dir: folder to write to.
-        tolerance: of NSD, mm.
+        tolerance: tolerance of NSD, mm.
         empty: how classes without a voxel are counted, see `case_metrics`.
 
     Raises:
@@ -190,8 +190,8 @@ class CaseMetrics:
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator.
 
-        Its output is a list of dicts with the label maps [1, H, W, D] `pred` and `label` (a MetaTensor), both in the
-        geometry of the label file; its batch a list of dicts with the MetaTensors `image` and `label`, as loaded.
+        The engine's output is a list of dicts with the label maps [1, H, W, D] `pred` and `label` (a MetaTensor), both
+        in the geometry of the label file; its batch is a list of dicts with the MetaTensors `image` and `label`.
         """
         engine.add_event_handler(Events.STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
@@ -200,7 +200,7 @@ class CaseMetrics:
     def _reset(self) -> None:
         self._cases: list[_Case] = []
         self._pictured: dict[str, tuple[_Case, Tensor]] = {}  # worst, best: with its predicted label map
-        if idist.get_rank() == 0:  # pictures of another evaluation would be taken for this one's
+        if idist.get_rank() == 0:  # remove the pictures of earlier evaluations
             for path in [*self.figure_dir.glob("worst_*.png"), *self.figure_dir.glob("best_*.png")]:
                 path.unlink()
 
@@ -275,7 +275,7 @@ class CaseMetrics:
         return aligned(lines, numbers=True)
 
     def _draw(self, which: str, name: str, case: _Case, pred: Tensor) -> None:
-        """Draw a case, read anew: the evaluator's image may be resampled and cropped."""
+        """Draw a case from its files, because the evaluator's image may be resampled and cropped."""
         load = LoadImage(image_only=True, ensure_channel_first=True)
         image, label = load(case.image), load(case.label)
         together = torch.cat([label, image[:1], pred])  # takes the label's affine
@@ -293,14 +293,14 @@ class CaseMetrics:
 
 
 def case_names(paths: Sequence[tuple[str, str]]) -> list[str]:
-    """Short names of cases, each another one.
+    """Return short, unique names of cases.
 
-    The first of these that is there and differs for all: what the names of image and label file begin with
+    The first of these that is unique for all cases: the common start of the names of image and label file
     (`BraTS20_001` of `BraTS20_001_t1.nii.gz` and `BraTS20_001_seg.nii.gz`), the image's name without extension, the
     name of its folder, its whole path.
 
     Args:
-        paths: image (of several channel files, the first) and label of each case.
+        paths: image (the first of several channel files) and label of each case.
     """
     images = [Path(image) for image, _ in paths]
     choices = (
@@ -315,18 +315,18 @@ def case_names(paths: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _common_start(image: str, label: str) -> str:
-    """Whole words only: `scan_1` and `seg_1` have no common start."""
+    """Return the common start of two names, in whole words: `scan_1` and `seg_1` have none."""
     pairs = zip(*(re.split(r"([_.-])", name) for name in (image, label)), strict=False)
     return "".join(word for word, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)).rstrip("_.-")
 
 
 def _gathered(cases: list[_Case]) -> list[_Case]:
-    """The cases of all processes, each once: an uneven split repeats some."""
+    """Gather the cases of all processes, each once: an uneven split repeats some."""
     return list({(case.image, case.label): case for part in idist.all_gather(cases) for case in part}.values())
 
 
 def _worst_and_best(cases: Sequence[_Case]) -> dict[str, _Case]:
-    """By score, then by path; empty if no case has a score."""
+    """Return the worst and the best case, by score, then by path; empty if no case has a score."""
     scored = [case for case in cases if math.isfinite(case.score)]
     if not scored:
         return {}
@@ -337,7 +337,7 @@ def _worst_and_best(cases: Sequence[_Case]) -> dict[str, _Case]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the numbers that are not NaN; NaN if there is none."""
+    """Mean of the numbers that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else math.nan
 

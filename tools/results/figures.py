@@ -45,7 +45,7 @@ TERMS = {  # of the loss; others appear under their column's name
     "loss_cl": "contrastive",
     "loss_l1": "absolute error of masked voxels",
 }
-COMPARISONS = (  # title, y axis, metric, what it has to beat (a column or a constant) and that one's name
+COMPARISONS = (  # title, y axis, metric, its baseline (a column or a constant), name of the baseline
     ("masked voxels", "mean squared error", "val_masked_mse", "val_mean_mse", "mean of the visible"),
     ("number of masked patches", "accuracy", "val_number_accuracy", "val_number_majority", "majority"),
     ("location of masked patches", "AUROC", "val_location_auroc", 0.5, "chance"),
@@ -90,11 +90,11 @@ def reconstruction_figure(
     """Draw input, masked input, reconstruction and absolute error in three planes (PNG, 1100 pixels wide).
 
     Args:
-        path: file to write; parent folders are made, and a reader never sees half a file.
+        path: file to write; parent folders are created, and the file is written atomically.
         image: the input, one channel [H, W, D] in RAS axes, intensities 0 to 1.
-        masked: the input as the network saw it, [H, W, D].
-        reconstruction: what the network painted, [H, W, D]; it paints visible voxels too.
-        title: the figure's heading.
+        masked: the masked input of the network, [H, W, D].
+        reconstruction: output of the network, [H, W, D], including visible voxels.
+        title: heading of the figure.
         spacing: voxel size in mm along H, W and D.
         counted: true [H, W, D] where voxels were masked. With it those voxels are tinted in the masked
             input, and the reconstruction (elsewhere the input) and the error are shown in them alone.
@@ -146,13 +146,13 @@ def views_figure(
     title: str,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """Draw two views of one scan, which a contrastive method takes for the same, in three planes (PNG).
+    """Draw the two views of one scan in a contrastive method, in three planes (PNG).
 
     Args:
-        path: file to write; parent folders are made, and a reader never sees half a file.
-        first: one channel [H, W, D] in RAS axes, intensities 0 to 1.
-        second: the same of the other view.
-        title: the figure's heading.
+        path: file to write; parent folders are created, and the file is written atomically.
+        first: first view, one channel [H, W, D] in RAS axes, intensities 0 to 1.
+        second: second view, likewise.
+        title: heading of the figure.
         spacing: voxel size in mm along H, W and D.
 
     Raises:
@@ -184,11 +184,11 @@ def segmentation_figure(
     plane that holds any of it. Smaller classes are painted over larger ones. A picture is 420 pixels wide.
 
     Args:
-        path: file to write; parent folders are made, and a reader never sees half a file.
-        image: one channel [H, W, D] in RAS axes, of any unit.
+        path: file to write; parent folders are created, and the file is written atomically.
+        image: one channel [H, W, D] in RAS axes, in any unit.
         masks: title of a column → bool masks [K, H, W, D], which may overlap.
-        names: of the K classes.
-        title: the figure's heading.
+        names: names of the K classes.
+        title: heading of the figure.
         spacing: voxel size in mm along H, W and D.
 
     Raises:
@@ -353,16 +353,15 @@ def _title(figure: Figure, title: str) -> None:
 
 
 def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
-    """Draw the curves of a training run as a PNG: each loss term, and each metric beside what it has to beat.
+    """Draw the curves of a training run as a PNG: each loss term, and each metric with its baseline.
 
     Args:
-        metrics_csv: file with a column `epoch`, the loss terms (`loss`, `loss_...`) and, prefixed by `val_`,
-            the metrics of the validations. Empty cells are epochs without a validation; columns that are
-            missing have no curve.
-        path: file to write; parent folders are made, and a reader never sees half a file.
+        metrics_csv: file with a column `epoch`, the loss terms (`loss`, `loss_...`) and, with the prefix `val_`, the
+            validation metrics. Empty cells are epochs without a validation; missing columns are not drawn.
+        path: file to write; parent folders are created, and the file is written atomically.
 
     Raises:
-        ValueError: the file is missing, has no rows or no column to draw.
+        ValueError: the file is missing, or has no rows or no column to draw.
     """
     rows = read_metrics(metrics_csv)
     values = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}

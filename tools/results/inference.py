@@ -1,4 +1,4 @@
-"""What happens before the first scan is segmented or evaluated."""
+"""Checks before the first scan is segmented or evaluated."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def start_inference(
     roi_size: Sequence[int],
     stride: int,
 ) -> None:
-    """Refuse what cannot be segmented or evaluated, then print what will be.
+    """Check that inference or evaluation can run, then print the start table.
 
     Args:
-        items: scans; each has a `label` if they are evaluated.
-        channels: of the network's input.
-        modalities: names of the channels in their order, or None.
-        classes: name → label values.
-        workers: that read scans.
-        remember: file of the scans that were checked before.
-        ckpt_path: file of the weights; only printed here.
-        roi_size: of the sliding window, voxels.
-        stride: of the network's bottleneck, voxels.
+        items: scans; with `label` for evaluation.
+        channels: number of input channels of the network.
+        modalities: names of the channels in order, or None.
+        classes: class name → label values.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks.
+        ckpt_path: file of the weights, for the table.
+        roi_size: size of the sliding window, voxels.
+        stride: total downsampling of the network.
 
     Raises:
-        ScanError: scans cannot be used.
+        ScanError: scans are unusable.
         ValueError: the window does not fit the network.
     """
     require_roi(roi_size, stride)

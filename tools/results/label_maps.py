@@ -1,4 +1,4 @@
-"""From a network's output to masks of the classes, and to a label map in the geometry of the file."""
+"""Converts a network's output to masks of the classes, and to a label map in the geometry of the file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tools.losses import class_masks
 
 
 class ToMasksd(Transform):
-    """For metrics: logits `pred` [C, H, W, D] and label map `label` [1, H, W, D] → masks [K, H, W, D] of the classes.
+    """Logits `pred` [C, H, W, D] and label map `label` [1, H, W, D] → masks of the classes [K, H, W, D], for metrics.
 
     Args:
-        classes: name → label values.
+        classes: class name → label values.
         activation: softmax (C = K + 1, background first) or sigmoid (C = K).
     """
 
@@ -41,17 +41,17 @@ class ToMasksd(Transform):
 
 
 class ToLabelMapd(Transform):
-    """Logits `pred` [C, h, w, d] of a preprocessed `image` → uint8 label map [1, H, W, D] in the image's own geometry.
+    """Logits `pred` [C, h, w, d] of a preprocessed `image` → uint8 label map [1, H, W, D] in the geometry of its file.
 
-    Probabilities, not labels, are taken back through the preprocessing, one class after the other: the largest
-    (softmax) or those above one half (sigmoid) win. So borders are smooth, and memory holds a few volumes of the
-    scan's size however many classes there are.
+    The inverse of the preprocessing is applied to probabilities, not labels, one class after the other; then the
+    largest probability (softmax) or those above 0.5 (sigmoid) give the labels. So borders are smooth, and the memory
+    does not grow with the number of classes.
 
     Args:
-        classes: name → label values.
+        classes: class name → label values.
         activation: softmax (C = K + 1, background first) or sigmoid (C = K).
-        transform: the preprocessing.
-        probabilities: also give `prob`, float16 [C, H, W, D], in the same geometry.
+        transform: preprocessing to invert.
+        probabilities: whether to add `prob`, float16 [C, H, W, D], in the same geometry.
     """
 
     def __init__(self, classes: Classes, activation: str, transform: Callable, probabilities: bool = False) -> None:
@@ -68,8 +68,8 @@ class ToLabelMapd(Transform):
             pred = self._exclusive(self._inverted(data, kept))
         else:
             pred = self._overlapping(self._inverted(data, kept))
-        # of several channel files MONAI keeps that there was a channel axis, and its writer then takes the affine of a
-        # label map for that of a plane: scans with permuted axes could not be saved
+        # for scans with several channel files, MONAI's meta data has a channel axis, so that its writer misreads the
+        # affine of a label map, and cannot save scans with permuted axes
         pred.meta["original_channel_dim"] = math.nan
         out = {**data, "pred": pred}
         if self.probabilities:
@@ -102,11 +102,11 @@ class ToLabelMapd(Transform):
 
 
 class FlippedInferer(SlidingWindowInfererAdapt):
-    """Sliding window whose network output (logits) is the mean over all flips of the window along given axes.
+    """Sliding window that averages the network's output (logits) over all flips of a window along given axes.
 
     Args:
-        axes: of the volume, 0 to 2; n axes are 2ⁿ passes.
-        kwargs: as `SlidingWindowInfererAdapt`.
+        axes: axes of the volume to flip, 0 to 2; n axes take 2ⁿ passes.
+        kwargs: arguments of `SlidingWindowInfererAdapt`.
     """
 
     def __init__(self, axes: Sequence[int], **kwargs: Any) -> None:

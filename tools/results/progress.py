@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class CaseProgress:
-    """Progress bar with the case at work, how many are done and left, and the time left (rank 0 only)."""
+    """Progress bar with the current case, the numbers of finished and remaining cases, and the time left (rank 0)."""
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -43,7 +43,7 @@ class CaseProgress:
 
 
 def case_name(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-    """Name of the first image file of a batch as a data loader gives it."""
+    """Name of the first image file of a data loader's batch."""
     item = batch if isinstance(batch, Mapping) else batch[0]
     path = item["file"] if "file" in item else item["image"].meta["filename_or_obj"]
     return Path(path if isinstance(path, str) else path[0]).name

@@ -1,4 +1,4 @@
-"""What the validations of a fine-tuning add to MONAI's: Dice of each class, and a picture."""
+"""Additions to MONAI's validation in fine-tuning: Dice of each class, and a picture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tools.results.figures import segmentation_figure
 
 
 class ClassDice:
-    """Adds `dice_<class>` to the validator's metrics: its mean over the cases that hold the class.
+    """Adds `dice_<class>` to the validator's metrics: the mean over the cases that contain the class.
 
     Args:
-        names: of the classes, in the order of `mean_dice`'s channels.
+        names: class names, in the order of the channels of `mean_dice`.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -24,12 +24,12 @@ class ClassDice:
     def attach(self, engine: Engine) -> None:
         """Attach to the validator, whose key metric is MONAI's `MeanDice` with the name `mean_dice`.
 
-        Before handlers that log metrics, which they do at the same event.
+        Attach it before handlers that log metrics, which run at the same event.
         """
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, validator: Engine) -> None:
-        """Add them; not a number for a class that no case holds."""
+        """Add the metrics; NaN for a class that no case contains."""
         dice = validator.state.metric_details["mean_dice"]  # [cases, K]
         means = dice.double().nanmean(0).tolist()
         validator.state.metrics.update({f"dice_{name}": mean for name, mean in zip(self.names, means, strict=True)})
@@ -39,8 +39,8 @@ class SegmentationFigure:
     """Draws the first validation case after every validation: image, label, prediction in three planes.
 
     Args:
-        figure_dir: folder of the pictures, one PNG for each validation.
-        names: of the classes.
+        figure_dir: folder of the pictures, one PNG per validation.
+        names: class names.
     """
 
     def __init__(self, figure_dir: str | Path, names: Sequence[str]) -> None:

@@ -80,7 +80,7 @@ def _both_sides(*shapes: Ball | Tube) -> Shapes:
 
 
 class Part(NamedTuple):
-    """A structure of the abdomen; HU are (arterial, portal venous), label 0 leaves the label alone."""
+    """A structure of the abdomen; HU are (arterial, portal venous); label 0 does not change the label map."""
 
     label: int
     hu: tuple[float, float]

@@ -31,23 +31,23 @@ from tools.samples.anatomy import (
 )
 
 ORIENTATIONS = ("RAS", "LPS", "LAS", "PSR", "RPI", "ASL")
-MARK = ".sample_data"  # file that says which kind and seed a folder holds; the data sets that are imitated have none
+MARK = ".sample_data"  # file with the kind and seed of a folder, which real data sets do not have
 
 
 class Kind(NamedTuple):
-    """A kind of sample data: what a case is and where its files lie.
+    """A kind of sample data: its cases and the paths of their files.
 
     Attributes:
-        draw: returns image, labels and voxel spacing of a case.
+        draw: function that returns image, labels and voxel spacing of a case.
         modality: names of the channels.
         labels: names of the label values.
-        image: path of an image, with a place for the {number} of the case; with one for the {channel} too, every
-            channel is a file of its own.
+        image: path of an image, with the placeholder {number} of the case, and with {channel} if every channel has a
+            separate file.
         label: path of a label, likewise.
         first: number of the first case.
-        orientations: the cases take them in turn, as scans from different scanners differ.
-        dataset_json: whether the Decathlon's dataset.json lists the cases.
-        tagged: whether each file says in its header that it is synthetic; its name is that of a real one.
+        orientations: orientations of the cases in turn, because those of real scanners differ.
+        dataset_json: whether to write the Decathlon's dataset.json.
+        tagged: whether to mark each file as synthetic in its header, because its name is that of a real scan.
     """
 
     draw: Callable[[np.random.Generator], Case]
@@ -85,12 +85,12 @@ KINDS = {
 
 
 def _tag(kind: str, seed: int) -> str:
-    """Return what the header of a file says where its name does not tell it from a real scan."""
+    """Return the mark for the header of files whose names are those of real scans."""
     return f"synthetic {kind}, seed {seed}" if KINDS[kind].tagged else ""
 
 
 def _save(array: np.ndarray, affine: np.ndarray, orientation: str, tag: str, path: Path) -> None:
-    """Store an array built in RAS in another orientation; the bytes depend on nothing but the arguments."""
+    """Save an array in RAS in another orientation; the bytes depend only on the arguments."""
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = tag
@@ -100,7 +100,7 @@ def _save(array: np.ndarray, affine: np.ndarray, orientation: str, tag: str, pat
 
 
 def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:
-    """Raise ValueError where the folder is a file or holds anything but this kind with this seed; mark it as that."""
+    """Raise ValueError if the folder is a file or contains other data than this kind and seed; then mark the folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: got {str(folder)!r}, which is a file, expected a folder")
     mark, content = folder / MARK, f"synthetic {kind}, seed {seed}\n"
@@ -115,7 +115,7 @@ def _refuse_other_data(folder: Path, kind: str, seed: int) -> None:
 
 
 def _write_case(folder: Path, kind: str, index: int, seed: int) -> None:
-    """Draw and store the case of an index, which starts at 0."""
+    """Draw and save the case with an index, from 0."""
     rng = np.random.default_rng([seed, index])
     settings, tag, number = KINDS[kind], _tag(kind, seed), KINDS[kind].first + index
     image, labels, spacing = settings.draw(rng)
@@ -168,17 +168,17 @@ def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> No
         spleen: the abdomen with 1 spleen, as in Task09_Spleen.
         hippocampus: crops of MRI at 1 mm with 1 anterior and 2 posterior hippocampus, as in Task04_Hippocampus.
 
-    Sizes, voxel spacings (mm) and orientations differ from case to case; hippocampus crops differ in size alone.
-    A case depends on the seed and its number alone: more cases continue the same series.
+    Sizes, voxel spacings (mm) and orientations differ between cases; hippocampus crops differ only in size. A case
+    depends only on the seed and its number: with more cases, the first ones are the same.
 
     Args:
-        output_dir: folder to write to; it may hold an earlier run of the same kind and seed.
+        output_dir: folder to write to; it may contain an earlier run of the same kind and seed.
         kind: one of the kinds above.
-        cases: how many cases to write, at least 1.
-        seed: whole number of at least 0 from which everything random follows.
+        cases: number of cases to write, at least 1.
+        seed: random seed, at least 0.
 
     Raises:
-        ValueError: an argument is out of range, or the folder holds another data set.
+        ValueError: an argument is out of range, or the folder contains other data.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")

@@ -1,7 +1,7 @@
-"""Puts a released bundle from a URL into place, whole or not at all.
+"""Installs a released bundle from a URL, completely or not at all.
 
-MONAI downloads it, checks its hash and unpacks it without leading out of the folder; its own command
-`python -m monai.bundle download` checks no hash, and leaves half a bundle after a broken archive.
+Uses MONAI's functions to download, check the hash and unpack inside the folder; the command
+`python -m monai.bundle download` checks no hash, and leaves an incomplete bundle after a broken archive.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ TIMEOUT = 60  # seconds without a byte
 
 
 class InstallError(ValueError):
-    """A bundle that was not installed; nothing is left of it."""
+    """The bundle was not installed; nothing is left of it."""
 
 
 def install(url: str, sha256: str, bundle_dir: str) -> None:
-    """Download a bundle, check it, and put it into place at once.
+    """Download a bundle, check it, and install it.
 
     Args:
-        url: of the zip file that `python -m tools release` made.
-        sha256: its SHA-256, as printed by `release`.
-        bundle_dir: folder to put the bundle's own folder into.
+        url: URL of the zip file that `python -m tools release` wrote.
+        sha256: SHA-256 of the file, as printed by `release`.
+        bundle_dir: folder in which the bundle's folder is created.
 
     Raises:
-        InstallError: the server cannot be reached, the download broke off, is not the file with this hash, or is no
-            archive of one bundle; or the bundle is there already.
-        OSError: the folder cannot be written.
+        InstallError: the download failed, the file has another hash or is not an archive of one bundle, or the bundle
+            exists already.
+        OSError: the folder is not writable.
     """
     folder = Path(bundle_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # in the same folder, so that the last step is a mere renaming
+    # in the same folder, so that the last step is only a rename
     with tempfile.TemporaryDirectory(prefix=".installing_", dir=folder) as temporary:
         archive, aside = Path(temporary, "bundle.zip"), Path(temporary, "unpacked")
         before = socket.getdefaulttimeout()

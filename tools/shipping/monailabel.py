@@ -1,4 +1,4 @@
-"""MONAI Label: puts bundles into its `monaibundle` app and starts the server."""
+"""MONAI Label: copies bundles to its `monaibundle` app and starts the server."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from monai.bundle import ConfigParser
 from tools.weights.checkpoints import check_weights
 
 APP = "monaibundle"
-# what runs of the bundle wrote; model.pt is part of it
+# outputs of runs, except model.pt
 LEFT_OUT = shutil.ignore_patterns("eval", "cache", "checkpoint_epoch=*.pt", "__pycache__", ".*")
 
 
 def require_monailabel() -> None:
-    """MONAI Label is installed.
+    """Check that MONAI Label is installed.
 
     Raises:
-        ValueError: it is not, in the environment of this Python.
+        ValueError: it is not installed in the environment of this Python.
     """
     if find_spec("monailabel") is None:
         raise ValueError(f"{sys.executable} has no package monailabel; docs/monailabel.md says how to install it")
 
 
 def require_bundle(bundle: str | Path) -> Path:
-    """Folder of a bundle that MONAI Label can serve: `model.pt` fits the network of `inference.yaml` as it stands.
+    """Check that MONAI Label can serve a bundle: `model.pt` fits the network of `inference.yaml`; return its folder.
 
-    MONAI Label reads no overlay, and ignores tensors of a checkpoint that are missing or unknown.
+    MONAI Label reads no overlays, and ignores missing and unknown tensors of a checkpoint.
 
     Raises:
-        ValueError: the folder lacks a file.
-        WeightsError: the weights are of another network, for instance one that an overlay made.
+        ValueError: a file is missing.
+        WeightsError: the weights belong to another network, for instance that of an overlay.
     """
     folder = Path(bundle).resolve()
     needed = ("configs/metadata.json", "configs/inference.yaml", "configs/train.yaml", "models/model.pt")
@@ -49,10 +49,10 @@ def require_bundle(bundle: str | Path) -> Path:
 
 
 def add_bundle(bundle: str | Path, app: Path) -> str:
-    """Copy a bundle into an app, and return its name; one that is there already stays, with what it learnt since.
+    """Copy a bundle to an app, and return its name; an existing copy is kept, with what it has learnt.
 
     Raises:
-        ValueError: as `require_bundle`, of the app's copy where there is one.
+        ValueError: as in `require_bundle`, for the app's copy if it exists.
     """
     name = Path(bundle).resolve().name
     target = app / "model" / name
@@ -70,20 +70,20 @@ def add_bundle(bundle: str | Path, app: Path) -> str:
 
 
 def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: str = "127.0.0.1") -> None:
-    """Serve scans with MONAI Label: viewers can have them segmented, correct the result, and train on it.
+    """Serve scans with MONAI Label: viewers can request segmentations, correct them, and start a training on them.
 
-    Runs until it is interrupted. A bundle that is in the app already stays as it is there, with what it has learnt
-    since; remove its folder from the app to start from the given one again.
+    Runs until it is interrupted. A bundle that is already in the app is not replaced, and keeps what it has learnt;
+    remove its folder from the app to start again from the original.
 
     Args:
-        apps_dir: folder of MONAI Label apps; `monaibundle` is made in it, and its `model` folder holds the bundles.
-        studies: folder of the scans, where corrected labels are kept too (or the address of a DICOMweb server).
+        apps_dir: folder of MONAI Label apps; `monaibundle` is created in it, and the bundles in its `model` folder.
+        studies: folder of the scans and of corrected labels (or the address of a DICOMweb server).
         bundles: folders of bundles with `models/model.pt`.
-        port: of the server.
-        host: address that the server listens on; 0.0.0.0 lets other machines in, without a password.
+        port: port of the server.
+        host: address that the server listens on; 0.0.0.0 allows access from other machines, without a password.
 
     Raises:
-        ValueError: MONAI Label is not installed, there is no such folder of scans, or a bundle cannot be served.
+        ValueError: MONAI Label is not installed, the folder of scans does not exist, or a bundle cannot be served.
     """
     require_monailabel()
     if not bundles:

@@ -1,4 +1,4 @@
-"""Makes the zip files of a release: each holds a bundle that runs alone, with `tools` inside."""
+"""Writes the zip files of a release: each contains a bundle that runs on its own, including `tools`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tools.common.files import atomic_path, write_json
 from tools.shipping.verify import LARGE_FILES, WEIGHTS, BundleError, find_bundles, require_weights, static_checks
 from tools.weights.checkpoints import WeightsError
 
-# what of a bundle's folder is released; run outputs, caches and data lie elsewhere in it
+# released files of a bundle's folder, without run outputs, caches and data
 CONTENT = ("LICENSE", "configs/*.conf", "configs/*.json", "configs/*.yaml", "docs/**/*", "scripts/**/*.py", WEIGHTS)
 TOOLS = Path(__file__).resolve().parents[1]
-TIME = (1980, 1, 1, 0, 0, 0)  # of every file in a zip: the earliest that the format knows
-MODE = 0o100644  # of every file: readable by all
+TIME = (1980, 1, 1, 0, 0, 0)  # date of every file in a zip: the earliest of the format
+MODE = 0o100644  # permissions of every file: readable by all
 INFO = "model_info.json"
 BLOCK = re.compile(r"^(\w+):.*\n(?:[ -].*\n)*", re.MULTILINE)  # a top-level key of a config and what belongs to it
 MODEL_CARD = {"library_name": "monai", "license": "apache-2.0", "tags": ["monai", "medical"]}  # of Hugging Face
@@ -40,14 +40,14 @@ def release(
 ) -> None:
     """Write `NAME_vVERSION.zip` for each bundle, and `model_info.json`.
 
-    Either all of them are written or none. The same files give the same zip, byte for byte.
+    Either all or none of them are written. The same files give the same zip, byte for byte.
 
     Args:
-        *names: of bundles in `bundles/`, or folders of bundles; all of `bundles/` if there is none.
+        *names: names of bundles in `bundles/`, or folders of bundles; none: all bundles in `bundles/`.
         output: folder to write to.
-        variant: overlay (`swin_unetr`) that is merged into the configs; the bundle is then called NAME_VARIANT.
-        base_url: where the zip files will be found; `model_info.json` names it.
-        weights: file that becomes `models/model.pt`, instead of the bundle's own; for a single bundle.
+        variant: overlay (`swin_unetr`) to merge into the configs; the bundle is then called NAME_VARIANT.
+        base_url: base URL of the published zip files, for `model_info.json`.
+        weights: file to release as `models/model.pt`, instead of that of the bundle; for a single bundle.
 
     Raises:
         BundleError: a bundle is not fit for release.
@@ -66,19 +66,19 @@ def release(
 
 
 def stage(folder: Path, parent: Path, variant: str | None = None, weights: str | None = None) -> Path:
-    """Lay out in `parent` what is released of a bundle.
+    """Copy the released files of a bundle to a new folder in `parent`.
 
     Args:
-        folder: of the bundle.
-        parent: folder that the released one is made in.
+        folder: folder of the bundle.
+        parent: folder in which the new folder is created.
         variant: as in `release`.
         weights: as in `release`.
 
     Returns:
-        the released folder; its name is that of the bundle.
+        The new folder, with the name of the bundle.
 
     Raises:
-        BundleError: the large files are not there or not the right ones, or the variant cannot be merged.
+        BundleError: large files are missing or have another hash, or the variant cannot be merged.
     """
     _require_large_files(folder)
     staged = parent / (folder.name if variant is None else f"{folder.name}_{variant}")
@@ -105,7 +105,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _require_large_files(folder: Path) -> None:
-    """What `large_files.yml` lists goes into the zip, so it must be there."""
+    """Check that the files in `large_files.yml` exist, because the zip contains them."""
     if not (folder / LARGE_FILES).is_file():
         return
     for entry in ConfigParser.load_config_file(folder / LARGE_FILES)["large_files"]:
@@ -120,7 +120,7 @@ def _require_large_files(folder: Path) -> None:
 
 
 def _require_fit(folder: Path) -> None:
-    """Refuse a bundle whose files are wrong, or whose weights are those of another network."""
+    """Refuse a bundle with wrong files, or with weights of another network."""
     problems = [problem for check in static_checks(folder) for problem in check.problems]
     if not problems and (folder / WEIGHTS).is_file():
         try:
@@ -136,9 +136,9 @@ def _require_fit(folder: Path) -> None:
 
 
 def _merge_variant(staged: Path, name: str, variant: str) -> None:
-    """Make the overlay part of `train.yaml` (and so of what `evaluate.yaml` lies on) and `inference.yaml`.
+    """Merge the overlay into `train.yaml` (which `evaluate.yaml` extends) and `inference.yaml`.
 
-    Some clients, MONAI Label among them, read one config alone.
+    Some clients, such as MONAI Label, read a single config.
     """
     overlay = staged / "configs" / f"{variant}.yaml"
     if not overlay.is_file():
@@ -156,14 +156,14 @@ def _merge_variant(staged: Path, name: str, variant: str) -> None:
 
 
 def merge_overlay(config: str, overlay: str) -> str:
-    """Replace the top-level keys that both texts have; comments and order stay.
+    """Replace the top-level keys that both texts have; keep comments and order.
 
     Args:
         config: YAML text.
-        overlay: YAML text; keys that `config` does not have are left out.
+        overlay: YAML text; keys that `config` does not have are ignored.
 
     Raises:
-        BundleError: the result is not what MONAI makes of the two, because of a layout that is not understood.
+        BundleError: the result differs from MONAI's merge of the two, because the layout of the text is not supported.
     """
     blocks = {block[1]: block[0] for block in BLOCK.finditer(overlay)}
     merged = BLOCK.sub(lambda block: _with_comment(blocks.get(block[1], block[0]), block[0]), config)
@@ -174,7 +174,7 @@ def merge_overlay(config: str, overlay: str) -> str:
 
 
 def _with_comment(new: str, old: str) -> str:
-    """A line that says what a key means still says so of its new value."""
+    """Keep the comment of a single-line key for its new value."""
     comment = re.search(r"\s+# .*\n\Z", old)
     if comment is None or new.count("\n") > 1 or old.count("\n") > 1 or "# " in new:
         return new
@@ -211,7 +211,7 @@ def _without_links_out(page: str) -> str:
 
 
 def _model_card(page: str) -> str:
-    """The README as Hugging Face shows it: front matter, and links that start from the bundle's own folder."""
+    """Convert the README for Hugging Face: front matter, and links relative to the bundle's folder."""
 
     def from_root(link: re.Match[str]) -> str:
         target = link[1] if ":" in link[1] or link[1].startswith("#") else posixpath.normpath(f"docs/{link[1]}")
@@ -223,7 +223,7 @@ def _model_card(page: str) -> str:
 def pack(folder: Path, output: Path) -> Path:
     """Write a bundle's folder as `NAME_vVERSION.zip`.
 
-    Files are stored, not compressed: weights hardly shrink, and compressors differ from machine to machine.
+    Files are stored without compression: weights hardly shrink, and compressors differ between machines.
     """
     version = json.loads((folder / "configs/metadata.json").read_text(encoding="utf-8"))["version"]
     archive = output / f"{folder.name}_v{version}.zip"
@@ -243,7 +243,7 @@ def _digest(path: Path, kind: str) -> str:
 
 
 def _add_info(archive: Path, base_url: str | None) -> None:
-    """Add a zip file to `model_info.json`, in the form of the Model Zoo's."""
+    """Add a zip file to `model_info.json`, in the format of the Model Zoo."""
     file = archive.with_name(INFO)
     info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     source = "" if base_url is None else f"{base_url.rstrip('/')}/{archive.name}"

@@ -1,9 +1,8 @@
-"""What the Model Zoo checks before it takes a bundle, on this machine: no network, no data, no GPU.
+"""Runs the Model Zoo's checks of a bundle on this machine: no network, no data, no GPU.
 
-The Zoo's checks are those of `ci/verify_bundle.py` in Project-MONAI/model-zoo. Where MONAI has a function
-(`verify_net_in_out`, `ckpt_export`, `check_properties`), it does the work; its `verify_metadata` downloads
-the schema, so `jsonschema` is called directly. The files are looked at here: the Zoo's script stops at the first
-problem.
+The Zoo's checks are in `ci/verify_bundle.py` in Project-MONAI/model-zoo. This module calls MONAI's functions
+(`verify_net_in_out`, `ckpt_export`, `check_properties`) if there are any; `verify_metadata` downloads the schema, so
+`jsonschema` is called directly. The checks of files are our own, because the Zoo's script stops at the first problem.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ class BundleError(ValueError):
 
 
 class Check(NamedTuple):
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        title: what was looked at.
-        problems: each in one sentence that names the file.
-        skipped: why nothing was looked at, or an empty text.
+        title: name of the check.
+        problems: problems, each in one sentence that names the file.
+        skipped: why the check was skipped, or an empty text.
     """
 
     title: str
@@ -66,21 +65,21 @@ class Check(NamedTuple):
 
 
 def verify(*names: str, schema: str | None = None) -> None:
-    """Check bundles as the Model Zoo does, and print what is wrong with them.
+    """Check bundles as the Model Zoo does, and print the problems.
 
     Args:
-        *names: of bundles in `bundles/`, or folders of bundles; all of `bundles/` if there is none.
-        schema: JSON file with MONAI's schema of metadata; without it, only the necessary keys are looked for.
+        *names: names of bundles in `bundles/`, or folders of bundles; none: all bundles in `bundles/`.
+        schema: JSON file with MONAI's metadata schema; without it, only the required keys are checked.
 
     Raises:
-        BundleError: no such bundle.
-        SystemExit: status 1, if something is wrong.
+        BundleError: a bundle does not exist.
+        SystemExit: status 1, if there are problems.
     """
     wrong = 0
     for folder in find_bundles(names):
         print(folder.name)
         checks = static_checks(folder, schema)
-        if not any(check.problems for check in checks):  # else MONAI would stumble over the same
+        if not any(check.problems for check in checks):  # otherwise MONAI would fail for the same reason
             checks += network_checks(folder)
         for check in checks:
             print(f"  {check.title:22}{check.skipped or ('wrong' if check.problems else 'ok')}", flush=True)
@@ -92,10 +91,10 @@ def verify(*names: str, schema: str | None = None) -> None:
 
 
 def find_bundles(names: Sequence[str]) -> list[Path]:
-    """Folders of bundles: each name is one in `bundles/`, or a folder; all of `bundles/` if there is no name.
+    """Return the folders of bundles: each name is a bundle in `bundles/`, or a folder; without names, all bundles.
 
     Raises:
-        BundleError: no such bundle.
+        BundleError: a bundle does not exist.
     """
     if not names:
         found = sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
@@ -116,7 +115,7 @@ def _find_bundle(name: str) -> Path:
 
 
 def static_checks(folder: Path, schema: str | Path | None = None) -> list[Check]:
-    """Look at the files of a bundle, without building anything of it."""
+    """Check the files of a bundle, without building its network."""
     missing = [
         f"{folder / file}: does not exist, but is necessary" for file in NECESSARY if not (folder / file).is_file()
     ]
@@ -146,7 +145,7 @@ def static_checks(folder: Path, schema: str | Path | None = None) -> list[Check]
 
 
 def _metadata_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
-    """Say which keys of the metadata are missing or of another type, and whether the version is in the changelog."""
+    """List metadata keys that are missing or have the wrong type, and a version that is not in the changelog."""
     file = folder / "configs/metadata.json"
     problems = [
         f"{file}: {key} is {type(meta.get(key)).__name__}, expected {kind.__name__}"
@@ -177,7 +176,7 @@ def _schema_check(folder: Path, meta: dict[str, Any], schema: str | Path | None)
 
 
 def _size_problems(folder: Path) -> list[str]:
-    """Files that a Git repository should not hold, and a list of large files that cannot be downloaded."""
+    """List files that are too large for Git, and entries of the list of large files that cannot be downloaded."""
     files = [path for part in ("configs", "docs", "scripts") for path in (folder / part).rglob("*") if path.is_file()]
     problems = [
         f"{path}: {path.stat().st_size / 2**20:.0f} MB, expected {LARGE // 2**20} MB at most"
@@ -195,7 +194,7 @@ def _size_problems(folder: Path) -> list[str]:
 
 
 def _config_problems(folder: Path) -> list[str]:
-    """Say which configs MONAI cannot read, alone or, if they are overlays, on top of the config that they are for."""
+    """List configs that MONAI cannot read (overlays together with the config that they extend)."""
     problems = []
     for path in sorted((folder / "configs").glob("*.yaml")):
         base = path.with_name("inference.yaml" if path.name in OF_INFERENCE else "train.yaml")
@@ -236,7 +235,7 @@ def network_checks(folder: Path) -> list[Check]:
 
 
 def _guarded(title: str, check: Callable[[Path], list[str]], folder: Path) -> Check:
-    """An error of a config is a result here: the other checks go on."""
+    """Run a check; report an exception as a problem, so that the other checks continue."""
     try:
         return Check(title, check(folder))
     except Exception as error:
@@ -246,7 +245,7 @@ def _guarded(title: str, check: Callable[[Path], list[str]], folder: Path) -> Ch
 
 @contextmanager
 def _own_scripts(folder: Path) -> Iterator[None]:
-    """Import `scripts` from this bundle, and forget it afterwards: others have a package of the same name."""
+    """Import `scripts` from this bundle, and unload it afterwards: other bundles have a package of the same name."""
     before = list(sys.path), sys.excepthook
     hidden = _take_scripts()
     sys.path.insert(0, str(folder))
@@ -264,7 +263,7 @@ def _take_scripts() -> dict[str, Any]:
 
 
 def build_network(folder: Path) -> nn.Module:
-    """The bundle's network for inference, with random weights."""
+    """Build the bundle's network for inference, with random weights."""
     parser = ConfigParser()
     parser.read_config(folder / "configs/inference.yaml")
     parser["bundle_root"] = str(folder)
@@ -277,17 +276,17 @@ def _weights_problems(folder: Path) -> list[str]:
 
 
 def require_weights(folder: Path) -> None:
-    """Refuse a `models/model.pt` that is not of the network of `configs/inference.yaml`.
+    """Refuse a `models/model.pt` that does not fit the network of `configs/inference.yaml`.
 
     Raises:
-        WeightsError: with the tensors that do not fit.
+        WeightsError: tensors do not fit; the message lists them.
     """
     with _own_scripts(folder):
         _weights_problems(folder)
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """What every command of `monai.bundle` is told about a bundle."""
+    """Arguments of the commands of `monai.bundle` for a bundle."""
     return {
         "config_file": str(folder / "configs/inference.yaml"),
         "meta_file": str(folder / "configs/metadata.json"),
@@ -296,13 +295,13 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _shape_problems(folder: Path) -> list[str]:
-    # on the meta device nothing is computed: shapes and types alone, at the full size of the window
+    # on the meta device nothing is computed: only shapes and types, at the full size of the window
     verify_net_in_out(net_id="network_def", device="meta", **_files(folder))
     return []
 
 
 def _export_problems(folder: Path) -> list[str]:
-    """Export to TorchScript, load, and compare on the smallest window that the network takes, or a ViT's only one."""
+    """Export to TorchScript, load, and compare on the smallest window of the network, or the only one of a ViT."""
     network = build_network(folder).eval()
     swin = any(isinstance(module, SwinUNETR) for module in network.modules())  # MONAI's cannot be scripted
     fixed = any(name.endswith(".position_embeddings") for name in network.state_dict())
@@ -316,7 +315,7 @@ def _export_problems(folder: Path) -> list[str]:
         else:
             weights = Path(temporary, "model.pt")
             torch.save(network.state_dict(), weights)
-        # our own comparison below is enough: no check_trace, which runs the network again
+        # no check_trace, which runs the network again: the comparison below is enough
         tracing = {"use_trace": True, "input_shape": shape, "converter_kwargs": {"check_trace": False}} if swin else {}
         ckpt_export(net_id="network_def", filepath=str(exported), ckpt_file=str(weights), **tracing, **_files(folder))
         loaded, meta, extra = load_net_with_metadata(str(exported), more_extra_files=("inference.json",))
@@ -330,7 +329,7 @@ def _export_problems(folder: Path) -> list[str]:
 
 
 def _property_problems(folder: Path) -> list[str]:
-    """Properties that MONAI's clients ask for, in training, evaluation and inference."""
+    """Check the properties that MONAI's clients use, in training, evaluation and inference."""
     case = [{"image": "image.nii.gz", "label": "label.nii.gz"}]  # never read: nothing is cached
     training = {"train#dataset#data": case, "validate#dataset#data": case, "cache": "none"}
     workflows = [

@@ -1,4 +1,4 @@
-"""Fine-tuning for segmentation: parameter groups, a frozen encoder, and what happens before the first step."""
+"""Fine-tuning for segmentation: parameter groups, freezing of the encoder, and checks before the first step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tools.weights.transfer import Transfer, is_encoder
 def parameter_groups(
     network: nn.Module, learning_rate: float, weight_decay: float, encoder_lr_multiplier: float
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer: the encoder at `learning_rate × encoder_lr_multiplier`, and the rest.
+    """Return the optimizer's parameter groups: the encoder at `learning_rate × encoder_lr_multiplier`, and the rest.
 
     Args:
         network: `BasicUNet`, `SwinUNETR` or `UNETR`.
-        learning_rate: of all but the encoder.
-        weight_decay: of all.
-        encoder_lr_multiplier: less than 1 keeps the encoder closer to its pre-trained weights.
+        learning_rate: learning rate of all parameters outside the encoder.
+        weight_decay: weight decay of all parameters.
+        encoder_lr_multiplier: factor for the encoder; less than 1 keeps it closer to its pre-trained weights.
 
     Raises:
         ValueError: the multiplier is negative.
@@ -46,14 +46,14 @@ def parameter_groups(
 
 
 class FreezeEncoder:
-    """Leaves the encoder as it is for the first epochs, while a new decoder or output layer adapts to it.
+    """Freezes the encoder for the first epochs, while a new decoder or output layer adapts to it.
 
-    The encoder's gradients are dropped before the optimizer's step. (Parameters that need no gradient would be
-    cheaper, but `DistributedDataParallel` fixes at its start which ones do.)
+    The encoder's gradients are removed before the optimizer's step. (`requires_grad = False` would be cheaper, but
+    `DistributedDataParallel` reads it only once, at the start.)
 
     Args:
         network: `BasicUNet`, `SwinUNETR` or `UNETR`.
-        epochs: how many; 0 freezes nothing.
+        epochs: number of epochs; 0 freezes nothing.
     """
 
     def __init__(self, network: nn.Module, epochs: int) -> None:
@@ -65,7 +65,7 @@ class FreezeEncoder:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Drop the gradients of this step, if it is in one of these epochs."""
+        """Remove the encoder's gradients, if it is frozen in this epoch."""
         if engine.state.epoch <= self.epochs:
             for parameter in self.parameters:
                 parameter.grad = None
@@ -93,34 +93,34 @@ def start_finetuning(
     spacing: Sequence[float] | None,
     resume_from: str | None,
 ) -> None:
-    """Refuse what cannot work, then print what will be done.
+    """Check that fine-tuning can run, then print the start table.
 
     Args:
-        training: cases, each with `image` and `label`.
-        validation: cases.
-        channels: of the network's input.
-        modalities: names of the channels in their order, or None.
-        classes: name → label values.
-        activation: softmax or sigmoid.
-        label_fraction: share of all training cases that `training` is; only printed here.
-        workers: that read cases.
-        remember: file of the cases that were checked before.
-        transfer: the network, and what was loaded into it.
-        roi_size: of a crop, voxels.
-        stride: of the network's bottleneck, voxels.
-        crops: in a batch of one process.
-        freeze_encoder_epochs: epochs with a frozen encoder; only printed here.
-        encoder_lr_multiplier: the encoder's learning rate over that of the rest; only printed here.
+        training: training cases, each with `image` and `label`.
+        validation: validation cases.
+        channels: number of input channels of the network.
+        modalities: names of the channels in order, or None.
+        classes: class name → label values.
+        activation: `softmax` or `sigmoid`.
+        label_fraction: fraction of all training cases in `training`, for the table.
+        workers: number of processes that read cases.
+        remember: JSON file with the results of earlier checks.
+        transfer: network, and report of the loaded weights.
+        roi_size: crop size, voxels.
+        stride: total downsampling of the network.
+        crops: number of crops per batch and process.
+        freeze_encoder_epochs: number of epochs with a frozen encoder, for the table.
+        encoder_lr_multiplier: factor on the learning rate of the encoder, for the table.
         world_size: number of processes.
-        cache: none, memory or disk.
-        cache_dir: of the disk cache.
-        spacing: mm, that scans are resampled to, or None.
-        resume_from: folder of training checkpoints, or None for a fresh start.
+        cache: `none`, `memory` or `disk`.
+        cache_dir: folder of the disk cache.
+        spacing: voxel size after resampling, mm, or None.
+        resume_from: folder of training checkpoints, or None for a new run.
 
     Raises:
-        ScanError: cases cannot be used.
-        WeightsError: the checkpoint to resume from is missing or of another network.
-        OSError: no room for the cache.
+        ScanError: cases are unusable.
+        WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        OSError: the disk or the memory is too small for the cache.
         ValueError: the window does not fit the network, the classes do not fit the activation, or there are fewer
             cases than processes.
     """

@@ -1,4 +1,4 @@
-"""Handlers that every bundle's training uses beside MONAI's own: progress, metrics.csv, seeds, safety."""
+"""Handlers for the training of all bundles, in addition to MONAI's: progress, metrics.csv, seeds, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Terms = Callable[[Any], Mapping[str, Tensor]]
 
 
 def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The entries `loss` and `loss_…` of an engine's output, decollated or not."""
+    """Return the entries `loss` and `loss_…` of an engine's output, decollated or not."""
     output = output if isinstance(output, Mapping) else output[0]
     # MONAI decollates a loss into plain numbers
     return {name: torch.as_tensor(value).detach() for name, value in output.items() if name.startswith("loss")}
@@ -70,7 +70,7 @@ class ProgressBar:
         self.bar.update()
 
     def _close(self) -> None:
-        if self.bar is not None:  # a finished run that is resumed has no epoch
+        if self.bar is not None:  # resuming a finished run starts no epoch
             self.bar.close()
             self.bar = None  # in federated learning, another round follows
 
@@ -85,11 +85,11 @@ class ProgressBar:
 
 
 class ValidateEpochs:
-    """Validates every `interval` epochs, and after the last.
+    """Validates every `interval` epochs, and after the last epoch.
 
     Args:
         validator: engine to run.
-        interval: epochs.
+        interval: number of epochs between validations.
     """
 
     def __init__(self, validator: Evaluator, interval: int) -> None:
@@ -112,8 +112,7 @@ class ValidateEpochs:
 class MetricsCSV:
     """Writes `metrics.csv`: one row per epoch with the mean of each training term, and the validation's metrics.
 
-    Cells of epochs without a validation are empty. When a run is resumed, the rows of epochs that are trained
-    again are replaced.
+    In epochs without a validation its cells are empty. A resumed run replaces the rows of epochs that it repeats.
 
     Args:
         path: file to write.
@@ -156,20 +155,20 @@ class MetricsCSV:
         rows = [old for old in read_metrics(self.path) if int(old["epoch"]) < engine.state.epoch]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
         names = list(dict.fromkeys(name for r in rows for name in r))
-        # training terms first, whatever epoch brought the first validation
+        # training terms first, independent of the epoch of the first validation
         names.sort(key=lambda name: name.startswith("val_"))
         write_rows(self.path, rows, names)
 
 
 class SeedEpochs:
-    """Seeds all random numbers at the start of each epoch by (seed, epoch, rank).
+    """Seeds all random generators at the start of each epoch from (seed, epoch, rank).
 
-    So the state of every random generator, in every process and worker, follows from two numbers, which a
-    checkpoint can hold: a resumed run draws what the uninterrupted one would have drawn.
+    So a checkpoint needs only the seed and the epoch to restore the random generators of all processes and workers: a
+    resumed run draws the same random numbers as an uninterrupted one.
 
     Args:
-        seed: of the run.
-        loader: whose data set's random transforms are seeded too (workers are seeded by the loader).
+        seed: random seed of the run.
+        loader: data loader; the random transforms of its data set are seeded too (workers are seeded by the loader).
     """
 
     def __init__(self, seed: int, loader: DataLoader) -> None:
@@ -189,24 +188,24 @@ class SeedEpochs:
             set_rnd(self.loader.dataset, state % (2**32 - 1))
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue the run of that seed, whatever the config says."""
+        """Restore the seed of the checkpoint, instead of that of the config."""
         self.seed = state["seed"]
 
 
 class BestWeights:
-    """Keeps the weights of the best validation, as bare state dicts.
+    """Saves the weights with the best validation, as bare state dicts.
 
-    The best value so far belongs to the training checkpoints, so that a resumed run does not replace a better model.
+    The best value so far is part of the training checkpoints, so that a resumed run does not replace a better model.
 
     Args:
-        weights: file name → module whose weights it holds.
+        weights: file name → module whose weights are saved.
         ckpt_dir: folder to write to.
-        metric: of the validator, that decides.
-        lower_is_better: as a loss.
+        metric: name of the validation metric to compare.
+        lower_is_better: whether a lower metric is better, as for a loss.
     """
 
     def __init__(
@@ -236,22 +235,22 @@ class BestWeights:
                 torch.save(module.state_dict(), temporary)
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"best": self.best}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue from there."""
+        """Restore the best value."""
         self.best = state["best"]
 
 
 class SaveCheckpoints(CheckpointSaver):
-    """MONAI's `CheckpointSaver`, which also saves after the last epoch.
+    """MONAI's `CheckpointSaver` with an interval in epochs, which also saves after the last epoch.
 
     Args:
         save_dir: folder to write to.
-        save_dict: name → object with a state.
-        save_interval: epochs.
-        n_saved: how many checkpoints are kept.
+        save_dict: name → object with a `state_dict`.
+        save_interval: number of epochs between checkpoints.
+        n_saved: number of checkpoints to keep.
     """
 
     def attach(self, engine: Engine) -> None:
@@ -265,11 +264,11 @@ class SaveCheckpoints(CheckpointSaver):
 
 
 class GradientClipping:
-    """Scales the gradients down to a maximum norm before every step.
+    """Clips the global norm of the gradients before every optimizer step.
 
     Args:
-        network: whose gradients.
-        max_norm: of all gradients together.
+        network: network whose gradients are clipped.
+        max_norm: maximum norm of all gradients together.
     """
 
     def __init__(self, network: nn.Module, max_norm: float) -> None:
@@ -286,13 +285,14 @@ class GradientClipping:
 
 
 class StopOnBadLoss:
-    """Stops the run when the loss is not finite, before it reaches the weights.
+    """Stops the run when the loss is not finite, before the weights are updated.
 
     Args:
-        ckpt_dir: folder of the training checkpoints, named in the error.
+        ckpt_dir: folder of the training checkpoints, for the error message.
 
     Raises:
-        FloatingPointError: with the step, the terms, the files of the batch and the last good checkpoint.
+        FloatingPointError: the loss is not finite; the message names the step, the loss terms, the files of the batch
+            and the last good checkpoint.
     """
 
     def __init__(self, ckpt_dir: str | Path) -> None:
@@ -303,7 +303,7 @@ class StopOnBadLoss:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Look at the loss of this step."""
+        """Check the loss of this step."""
         terms = loss_terms(engine.state.output)
         if torch.isfinite(terms["loss"]):
             return

@@ -1,4 +1,4 @@
-"""Mixed precision: on GPUs only, in the 16-bit type that suits them."""
+"""Mixed precision: on GPUs only, in bfloat16 if supported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def use_amp(amp: bool | str, device: str | torch.device) -> bool:
 
 
 def amp_dtype() -> torch.dtype:
-    """Type of mixed precision: bfloat16 where the GPU has it, else float16."""
+    """Return the type for mixed precision: bfloat16 if the GPU supports it, else float16."""
     supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if supported else torch.float16

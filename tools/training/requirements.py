@@ -1,4 +1,4 @@
-"""Checks before the first training step, and rows of the start table that say what they found."""
+"""Checks before the first training step, and their rows of the start table."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def require_cache_room(
     spacing: Sequence[float] | None = None,
     labels: bool = False,
 ) -> int:
-    """Bytes that the cached scans will take, as 32-bit floats, and their labels, as bytes, if they have any.
+    """Check that the cache fits, and return its size in bytes: scans as 32-bit floats, labels as bytes.
 
-    An upper estimate: cropping to the foreground makes most scans smaller, padding makes small ones larger.
+    A rough estimate: cropping to the foreground makes most scans smaller, padding makes small scans larger.
 
     Raises:
         OSError: the disk of `cache_dir` (cache: disk) or the memory of this machine (cache: memory) is too small.
-        ValueError: `cache` is none of the known words.
+        ValueError: `cache` is unknown.
     """
     need = sum((4 * scan.channels + labels) * prod(scan.shape) * _resampling(scan, spacing) for scan in scans)
     folder = Path(cache_dir).absolute()
@@ -61,10 +61,10 @@ def _resampling(scan: Scan, spacing: Sequence[float] | None) -> float:
 
 
 def require_resumable(ckpt_dir: str | Path, network: nn.Module) -> Path:
-    """The newest training checkpoint, which fits the network.
+    """Return the newest training checkpoint and check that it fits the network.
 
     Raises:
-        WeightsError: there is none, or it is of another network.
+        WeightsError: there is no checkpoint, or it belongs to another network.
     """
     path = newest_checkpoint(ckpt_dir)
     if path is None:
@@ -74,13 +74,13 @@ def require_resumable(ckpt_dir: str | Path, network: nn.Module) -> Path:
 
 
 def training_memory(network: nn.Module, *inputs: torch.Tensor) -> int:
-    """Bytes that a training step keeps at least: weights, gradients, Adam's moments and saved activations.
+    """Minimum memory of a training step, bytes: weights, gradients, Adam's moments and saved activations.
 
-    The forward pass runs with shapes only, so it costs no memory and little time.
+    The forward pass runs with shapes only, so it needs no memory and little time.
 
     Args:
-        network: in training mode, on any device.
-        inputs: of its forward, on the CPU.
+        network: network in training mode, on any device.
+        inputs: arguments of its `forward`, on the CPU.
     """
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -97,7 +97,7 @@ def training_memory(network: nn.Module, *inputs: torch.Tensor) -> int:
 
 
 def scan_lines(training: Sequence[Scan], validation: Sequence[Scan], left_out: Sequence[Scan]) -> list[tuple[str, str]]:
-    """Rows of the start table that are about the scans."""
+    """Rows of the start table for the scans."""
     scans = [*training, *validation]
     lines = [
         ("scans", f"{len(training)} for training, {len(validation)} for validation"),

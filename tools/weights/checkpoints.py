@@ -1,4 +1,4 @@
-"""Reading weights from checkpoints, with errors that say what does not fit."""
+"""Reads weights from checkpoints and checks that they fit a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
-# where a training checkpoint keeps the weights: ours and MONAI's, most others, nnU-Net, and self-distillation
+# keys of the weights in training checkpoints: ours and MONAI's, most others, nnU-Net, and self-distillation
 CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
 
 
@@ -19,19 +19,19 @@ class WeightsError(ValueError):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: bare, or under one of the keys `CONTAINERS` as in a training checkpoint.
+    """Read the state dict in a file: bare, or under one of the keys `CONTAINERS` as in a training checkpoint.
 
     Raises:
-        WeightsError: the file is missing, is no checkpoint, or holds no weights.
+        WeightsError: the file is missing, is not a checkpoint, or contains no weights.
     """
     return read_checkpoint(path)[1]
 
 
 def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The state dict in a file, and the key that it was under (None: it is bare).
+    """Read the state dict in a file; also return its key (None: the state dict is bare).
 
     Raises:
-        WeightsError: as `read_weights`.
+        WeightsError: as in `read_weights`.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        # without its text, which runs over many lines and advises to load the file regardless
+        # without torch's text, which is long and recommends to load the file anyway
         raise WeightsError(
             f"{path}: not a checkpoint that torch.load(weights_only=True) can read ({type(error).__name__})"
         ) from error
@@ -61,10 +61,10 @@ def _is_state(content: object) -> bool:
 
 
 def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
-    """The weights in a file, if they are exactly those of the network.
+    """Read the weights in a file and check that they fit the network exactly.
 
     Raises:
-        WeightsError: with the tensors that are missing, unknown or of another shape.
+        WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them.
     """
     found = read_weights(path)
     require_same(path, found, network.state_dict())
@@ -72,10 +72,10 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
 
 
 def require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The tensors of a file are those of the network, by name and shape.
+    """Check that the tensors of a file are those of the network, by name and shape.
 
     Raises:
-        WeightsError: with the tensors that are missing, unknown or of another shape.
+        WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -107,13 +107,13 @@ def load_weights(path: str | Path, network: nn.Module) -> None:
     """Load weights strictly.
 
     Raises:
-        WeightsError: as `check_weights`.
+        WeightsError: as in `check_weights`.
     """
     network.load_state_dict(check_weights(path, network))
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """Which network these weights seem to be of, for messages."""
+    """Guess the network of these weights, for messages."""
     for kind, part, first in (
         ("a SwinUNETR", "swinViT.", "swinViT.patch_embed.proj.weight"),
         ("a UNet (BasicUNet)", "upcat_", "conv_0.conv_0.conv.weight"),
@@ -130,9 +130,9 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 def newest_checkpoint(ckpt_dir: str | Path) -> Path | None:
-    """The complete `checkpoint_epoch=N.pt` with the highest N, if any.
+    """Return the complete `checkpoint_epoch=N.pt` with the highest N, if any.
 
-    A run that was killed while it wrote leaves half a file, which has not the end of the archive that torch writes.
+    A run that was killed while saving leaves an incomplete file, which is not a valid zip archive.
     """
     found = (path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if is_zipfile(path))
     return max(found, key=lambda path: int(path.stem.partition("=")[2]), default=None)

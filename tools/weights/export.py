@@ -1,4 +1,4 @@
-"""Export: a SwinUNETR that can be traced without doing harm, exact ONNX, and inference from a TorchScript file."""
+"""Export: a SwinUNETR that is safe to trace, exact ONNX, and inference from a TorchScript file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.weights.checkpoints import WeightsError, require_same
 
 @torch.jit.script_if_tracing
 def same_window(image: Tensor, window: list[int]) -> Tensor:
-    """The image [B, C, H, W, D] as it is. While a network is traced this is compiled, so that the check is part of it.
+    """Return the image [B, C, H, W, D] unchanged; in tracing, this is compiled, so that the check is part of the file.
 
     Raises:
         ValueError: H, W and D are not those of the window.
@@ -33,12 +33,12 @@ def same_window(image: Tensor, window: list[int]) -> Tensor:
 
 @torch.jit.script_if_tracing
 def zeros_beside(image: Tensor, shape: list[int]) -> Tensor:
-    """Zeros on the image's device: in a traced network on that of each input, not on that of the tracing."""
+    """Zeros on the device of the image: a traced network uses the device of each input, not that of the tracing."""
     return torch.zeros(shape, device=image.device)
 
 
 class _ZerosBeside(TorchFunctionMode):
-    """Lets `torch.zeros(shape, device=…)` follow the device of an image."""
+    """Makes `torch.zeros(shape, device=…)` use the device of an image."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ class _ZerosBeside(TorchFunctionMode):
 class SwinUNETR(nets.SwinUNETR):
     """MONAI's SwinUNETR, with the same parameters and the same output, for `ckpt_export --use_trace True`.
 
-    A traced network keeps what depends on the size of its input as it was, and runs on with wrong numbers at many
-    another size; it keeps the device of its attention masks too. This one, once traced, refuses any other window by
-    name, and makes its masks on the device of its input. The file does that itself, whoever loads it.
+    Tracing freezes everything that depends on the size of the input, so a traced SwinUNETR gives wrong numbers at many
+    other sizes; it also freezes the device of the attention masks. This class, once traced, raises an error for other
+    window sizes, and creates its masks on the device of the input. Both are part of the exported file.
     """
 
     def forward(self, x_in: Tensor) -> Tensor:
         """Image [B, C, H, W, D] → logits [B, K, H, W, D].
 
         Raises:
-            ValueError: only from a traced network (as `torch.jit.Error`): it was traced for another window.
+            ValueError: only in a traced network (as `torch.jit.Error`): it was traced for another window.
         """
         if not torch.jit.is_tracing():
             return super().forward(x_in)
@@ -74,7 +74,7 @@ class SwinUNETR(nets.SwinUNETR):
 
 
 class _StepwiseInstanceNorm(nn.InstanceNorm3d):
-    """Instance norm whose means are taken along one axis after the other, so that no sum has many terms."""
+    """Instance norm that averages along one axis after the other, so that no sum has many terms."""
 
     def forward(self, input: Tensor) -> Tensor:
         centred = input - _mean(input)
@@ -91,13 +91,13 @@ def _mean(volume: Tensor) -> Tensor:
 
 
 def for_onnx(network: nn.Module) -> nn.Module:
-    """A copy of a network that computes the same, for `onnx_export`.
+    """Return an equivalent copy of a network for `onnx_export`.
 
-    On a CPU onnxruntime adds up all voxels of an instance norm in one 32-bit number, which is inexact for large windows
-    of real scans; the norms of this copy add up one axis after the other.
+    On a CPU, onnxruntime sums all voxels of an instance norm in one 32-bit number, which is inexact for large windows
+    of real scans; the norms of the copy average along one axis after the other.
 
     Args:
-        network: 3D, with any weights; those of the copy have the same names.
+        network: 3D network with any weights; the tensors of the copy have the same names.
     """
     network = deepcopy(network)
     for module in list(network.modules()):
@@ -112,24 +112,24 @@ def for_onnx(network: nn.Module) -> nn.Module:
 def load_torchscript(
     path: str | Path, network: nn.Module, roi_size: Sequence[int], device: str | torch.device
 ) -> torch.jit.ScriptModule:
-    """The network in a TorchScript file, if it is what the config describes; it brings its weights.
+    """Load the network in a TorchScript file, with its weights, and check that it fits the config.
 
     Args:
-        path: written by `ckpt_export`.
-        network: that of the config, with any weights.
-        roi_size: of the sliding window, voxels.
-        device: where the network will run.
+        path: file that `ckpt_export` wrote.
+        network: network of the config, with any weights.
+        roi_size: size of the sliding window, voxels.
+        device: device of the loaded network.
 
     Raises:
-        WeightsError: there is no such file, it is not TorchScript, or it was exported for another number of channels
-            or classes, another network, or (a traced one) another window.
+        WeightsError: the file does not exist, is not TorchScript, or was exported for another number of channels or
+            classes, another network, or (if traced) another window.
     """
     wanted = "expected TorchScript, which `python -m monai.bundle ckpt_export` writes"
     if not Path(path).is_file():
         raise WeightsError(f"{path}: ckpt_path: found no such file, {wanted}")
     try:
         exported = torch.jit.load(str(path), map_location=device)
-    except RuntimeError as error:  # without its text, which tells of the insides of an archive
+    except RuntimeError as error:  # without torch's text, which describes the inside of an archive
         raise WeightsError(f"{path}: ckpt_path: found what torch.jit.load cannot read, {wanted}") from error
     require_same(path, exported.state_dict(), network.state_dict())
     window = traced_window(exported)
@@ -142,10 +142,10 @@ def load_torchscript(
 
 
 def traced_window(network: torch.jit.ScriptModule) -> list[int] | None:
-    """The one window that a network was traced for, as its own check tells; None if there is no such check."""
+    """Return the window that a network was traced for, from the error of its own check; None if it has no check."""
     said = ""
     try:
-        network(torch.empty(0))  # an image for no network: nothing is computed
+        network(torch.empty(0))  # invalid for every network: nothing is computed
     except (torch.jit.Error, RuntimeError) as error:
         said = str(error)
     named = re.search(r"window: found .*, expected \[([\d, ]+)\]", said)

@@ -1,9 +1,9 @@
-"""Weights from pre-training into a segmentation network, with an account of every tensor.
+"""Loads pre-trained weights into a segmentation network, with a report on every tensor.
 
-A network has an encoder, a decoder of several levels, and an output layer that always starts at random, because
-pre-training painted an image with it. A tensor of the network is *loaded* as it stands in the file, *adapted* (a
-first convolution, to another number of input channels; position embeddings, to another window), or *left out* for a
-reason. If too few of the tensors that were asked for can be filled, nothing is loaded and an error says why.
+A network has an encoder, a decoder of several levels, and an output layer, which is always initialised at random,
+because pre-training used it to reconstruct an image. Each tensor of the network is *loaded* unchanged, *adapted* (a
+first convolution, to another number of input channels; position embeddings, to another window), or *left out* with a
+reason. If too few of the requested tensors can be filled, nothing is loaded and an error says why.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tools.common.tables import print_table
 from tools.common.text import bytes_text, parse_bool, size_text
 from tools.weights.checkpoints import WeightsError, describe, read_checkpoint
 
-PARTS = ("encoder", "all")  # of the network, to be filled
+PARTS = ("encoder", "all")  # parts of the network that can be requested
 Grid = tuple[int, int, int]  # tokens along the three axes
 
 # arguments of `load_pretrained` and their keys in a bundle's config
 SETTINGS = {name: f"pretrained_{name}" for name in ("parts", "decoder_levels", "min_fraction", "rescale", "roi_size")}
 
-# Modules of BasicUNet, SwinUNETR and UNETR by the level at which they work: 0 is the encoder, then the decoder from
-# its deepest level. Convolutions on the skip paths (`encoder…`) stand with the decoder level that they feed, so the
-# same name has another level in another network.
+# Levels of the modules of BasicUNet, SwinUNETR and UNETR: 0 is the encoder, then the decoder from its deepest level.
+# Convolutions on the skip paths (`encoder…`) have the decoder level that they feed, so the same name has different
+# levels in different networks.
 LEVELS = (
     {
         **dict.fromkeys(("conv_0", "down_1", "down_2", "down_3", "down_4"), 0),
@@ -55,7 +55,7 @@ LEVELS = (
 ENCODER = {module for levels in LEVELS for module, level in levels.items() if level == 0}
 OUTPUT = {"final_conv", "out"}
 
-ALONE = ("swinViT.", "vit.")  # encoders that are published alone: their files lack this
+ALONE = ("swinViT.", "vit.")  # prefixes that files of a published encoder lack
 INPUT_CONVOLUTIONS = (
     "conv_0.conv_0.conv.weight",
     "swinViT.patch_embed.proj.weight",
@@ -69,17 +69,17 @@ INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def is_encoder(name: str) -> bool:
-    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the encoder."""
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR belongs to the encoder, by its name in the network."""
     return _module(name) in ENCODER
 
 
 def is_output(name: str) -> bool:
-    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR, as the network names it, belongs to the output layer."""
+    """Whether a parameter of a BasicUNet, SwinUNETR or UNETR belongs to the output, by its name in the network."""
     return _module(name) in OUTPUT
 
 
 def part_of(name: str) -> str:
-    """`encoder`, `decoder` or `output`, of a parameter as the network names it."""
+    """Return the part of a parameter, by its name in the network: `encoder`, `decoder` or `output`."""
     return "output" if is_output(name) else "encoder" if is_encoder(name) else "decoder"
 
 
@@ -87,18 +87,18 @@ def _module(name: str) -> str:
     return name.split(".", 1)[0]
 
 
-# ---------------------------------------------------------------------------------------- what became of a tensor
+# ------------------------------------------------------------------------------------------------ report of a transfer
 
 
 @dataclass(frozen=True)
 class TensorFate:
-    """What became of one tensor of the network.
+    """The result of the transfer for one tensor of the network.
 
     Attributes:
-        name: as in the network's state dict.
+        name: name in the network's state dict.
         fate: `loaded`, `adapted` or `left out`.
         why: how it was adapted, or why it was left out; empty if it was loaded.
-        asked: whether it belongs to the parts that were to be filled.
+        asked: whether it belongs to the requested parts.
     """
 
     name: str
@@ -109,13 +109,13 @@ class TensorFate:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """The account of a transfer.
+    """The report of a transfer.
 
     Attributes:
-        source: the file and what it looks like; None if there is none.
-        tensors: one for each tensor of the network, in its order.
-        unused: what the file holds besides, by module, with the number of tensors.
-        rescaled: number of convolutions that were brought to the size of fresh ones.
+        source: the file and its probable network; None if there is no file.
+        tensors: one entry per tensor of the network, in its order.
+        unused: number of unused tensors of the file, by module.
+        rescaled: number of convolutions that were scaled to their initial norm.
     """
 
     source: str | None
@@ -125,12 +125,12 @@ class TransferReport:
 
     @property
     def asked(self) -> int:
-        """Number of tensors that were to be filled."""
+        """Number of requested tensors."""
         return sum(tensor.asked for tensor in self.tensors)
 
     @property
     def filled(self) -> int:
-        """Number of them that were."""
+        """Number of requested tensors that were loaded or adapted."""
         return sum(tensor.asked and tensor.fate != "left out" for tensor in self.tensors)
 
     def counts(self) -> dict[str, Counter[str]]:
@@ -151,13 +151,13 @@ class TransferReport:
         if self.unused:
             lines.append(("unused", f"{_listed(self.unused)}: in the file, but not in the network"))
         if self.rescaled:
-            lines.append(("rescaled", f"{self.rescaled} convolutions, to the norm of fresh ones"))
+            lines.append(("rescaled", f"{self.rescaled} convolutions, to their initial norm"))
         total = [f"{part} {n.total() - n['left out']} of {n.total()}" for part, n in self.counts().items()]
         return [*lines, ("total", f"{', '.join(total)} tensors filled")]
 
 
 def _fates(tensors: Sequence[TensorFate]) -> str:
-    """The tensors of one module in a line: how many had each fate, and why."""
+    """Format the results of one module in a line: the number of tensors with each result, and the reasons."""
     counts = Counter(tensor.fate for tensor in tensors)
     texts = []
     for fate in ("loaded", "adapted", "left out"):
@@ -176,7 +176,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A network with the weights that were transferred, and the account of them."""
+    """A network with transferred weights, and the report."""
 
     network: nn.Module
     report: TransferReport
@@ -194,26 +194,26 @@ def load_pretrained(
     rescale: bool = False,
     roi_size: Sequence[int] | None = None,
 ) -> Transfer:
-    """Fill a network, in place, with the weights of a file.
+    """Load the weights of a file into a network, in place.
 
     Args:
-        network: a BasicUNet, SwinUNETR or UNETR with fresh weights.
-        pretrained: checkpoint of the same kind of network; None leaves the network as it is.
-        parts: `encoder`, or `all` for the decoder too.
-        decoder_levels: with `all`, how many levels of the decoder, from the deepest; None for all of them.
-        min_fraction: share of the tensors asked for that must be filled.
-        rescale: multiply each loaded convolution before an instance norm so that its norm is that of the fresh
-            one. The normalisation undoes it, so the network computes the same (up to the norm's epsilon, which
-            is felt where a channel hardly varies), but a learning rate then acts on loaded and fresh
-            convolutions alike. A UNETR's encoder has none of these, its decoder has.
-        roi_size: crop of the file's pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E]
-            are interpolated from that crop's grid of tokens to the network's. None: the network's own grid if it
-            has as many tokens, else a cube.
+        network: a BasicUNet, SwinUNETR or UNETR with initial weights.
+        pretrained: checkpoint of the same type of network; None loads nothing.
+        parts: `encoder`, or `all` for encoder and decoder.
+        decoder_levels: with `all`, number of decoder levels to load, from the deepest; None for all.
+        min_fraction: minimum fraction of the requested tensors that must be filled.
+        rescale: whether to scale each loaded convolution before an instance norm to its initial norm. The instance norm
+            removes the scale, so the output is the same (up to the epsilon of the norm, which matters if a channel
+            hardly varies), but a learning rate then has the same effect on loaded and new convolutions. Applies to the
+            decoder of a UNETR, not to its encoder.
+        roi_size: crop size of pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E] are
+            interpolated from the token grid of that crop to that of the network. None: the grid of the network if the
+            number of tokens matches, else a cube.
 
     Raises:
-        ValueError: an argument is out of range, or the network is of another kind.
-        WeightsError: the file cannot be read, has values that are not finite, fills too few tensors, or has position
-            embeddings of another crop than `roi_size`, or of one that has to be given. The network is untouched.
+        ValueError: an argument is out of range, or the type of the network is not supported.
+        WeightsError: the file is not readable, has values that are not finite, fills too few tensors, or its position
+            embeddings do not fit `roi_size` or need it. The network is unchanged.
     """
     last = _last_level(network, parts, decoder_levels)
     _check_numbers(min_fraction, roi_size)
@@ -227,10 +227,10 @@ def load_pretrained(
 
 
 def _levels(network: nn.Module) -> dict[str, int]:
-    """The level of each module; what belongs to no level is the output layer.
+    """Return the level of each module; modules without a level are the output layer.
 
     Raises:
-        ValueError: the network is of another kind.
+        ValueError: the type of the network is not supported.
     """
     modules = list(dict.fromkeys(_module(name) for name in network.state_dict()))
     for levels in LEVELS:
@@ -243,7 +243,7 @@ def _levels(network: nn.Module) -> dict[str, int]:
 
 
 def _last_level(network: nn.Module, parts: str, decoder_levels: int | None) -> int:
-    """The shallowest level to fill; 0 is the encoder alone."""
+    """Return the shallowest level to load; 0 is only the encoder."""
     levels = max(_levels(network).values())
     if parts not in PARTS:
         raise ValueError(f"pretrained_parts must be one of {', '.join(PARTS)}; found {parts!r}")
@@ -275,11 +275,11 @@ def _check_numbers(min_fraction: float, roi_size: Sequence[int] | None) -> None:
 def _plan(
     network: nn.Module, path: str | Path, last: int, rescale: bool, roi_size: Sequence[int] | None
 ) -> tuple[dict[str, Tensor], TransferReport]:
-    """The tensors to load, and the account; nothing is loaded yet.
+    """Return the tensors to load, and the report; loads nothing yet.
 
     Raises:
-        WeightsError: the file cannot be read, has values that are not finite, or position embeddings of another or
-            an unknown crop.
+        WeightsError: the file is not readable, has values that are not finite, or its position embeddings are of
+            another or an unknown crop.
     """
     _, found = read_checkpoint(path)
     expected = network.state_dict()
@@ -309,20 +309,20 @@ def _plan(
 
 
 def _not_asked(name: str, levels: dict[str, int], last: int) -> str:
-    """Why a tensor is not to be filled; empty if it is."""
+    """Return why a tensor is not requested; empty if it is."""
     if is_output(name):
         return "the output layer starts at random"
     level = levels[_module(name)]
     if level <= last:
         return ""
-    return f"level {level} of the decoder, asked for {last}" if last else "the decoder was not asked for"
+    return f"level {level} of the decoder, requested {last}" if last else "the decoder was not requested"
 
 
 def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> tuple[Tensor | None, str]:
-    """The tensor in the network's shape, and how it was adapted; or None, and why it cannot be.
+    """Return the tensor in the network's shape, and how it was adapted; or None, and why this is impossible.
 
-    Channels repeat in cycles: of two adapted to four, the third stands for the first. Either way, the response to
-    input channels that repeat so stays what it was.
+    Channels are repeated in cycles: if two become four, the third is a copy of the first. The response to input
+    channels that are repeated in the same way does not change.
     """
     if tensor.shape == shape:
         return tensor, ""
@@ -338,16 +338,16 @@ def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> tuple[Tensor | None
 
 
 def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -> Grid:
-    """The grid of a file's position embeddings, which it does not tell.
+    """Return the token grid of a file's position embeddings, which the file does not contain.
 
     Args:
         where: file and name of the embeddings, for errors.
-        tokens: how many there are.
-        grid: the network's.
-        roi_size: crop of the pre-training, voxels; None: the network's grid or a cube.
+        tokens: number of tokens.
+        grid: token grid of the network.
+        roi_size: crop size of pre-training, voxels; None: the network's grid or a cube.
 
     Raises:
-        WeightsError: the crop has another number of tokens, or is needed and not given.
+        WeightsError: the crop has another number of tokens, or is needed but None.
     """
     if roi_size is not None:
         h, w, d = (side // TOKEN for side in roi_size)
@@ -369,13 +369,13 @@ def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -
 
 
 def _cube(tokens: int) -> int:
-    """Side of the cube that holds this number of tokens; 0 if there is no such cube."""
+    """Return the side of a cube with this number of tokens; 0 if there is none."""
     side = round(tokens ** (1 / 3))
     return side if side**3 == tokens else 0
 
 
 def _on_grid(positions: Tensor, old: Grid, new: Grid) -> tuple[Tensor, str]:
-    """Position embeddings [1, tokens, E] between two grids, and how they were adapted: linear along each axis."""
+    """Interpolate position embeddings [1, tokens, E] to another grid, linearly; also return how they were adapted."""
     if old == new:
         return positions, ""
     volume = positions.unflatten(1, old).movedim(-1, 1)  # [1, E, A, B, C]
@@ -393,7 +393,7 @@ def _check_finite(path: str | Path, name: str, tensor: Tensor) -> None:
 
 
 def _short(name: str, prefix: str) -> str:
-    """The module of a tensor in the file, at most three names deep; its own name if that is no more than the prefix."""
+    """Return the module of a tensor in the file, at most three names deep; its own name if that is only the prefix."""
     module = name.rpartition(".")[0]
     return name if f"{module}." in (".", prefix) else ".".join(module.split(".")[:3])
 
@@ -402,7 +402,7 @@ def _require(report: TransferReport, min_fraction: float) -> None:
     """Refuse a file that fills too few tensors, or none.
 
     Raises:
-        WeightsError: with what is missing and why.
+        WeightsError: too few tensors can be filled; the message lists the others with the reasons.
     """
     if report.filled and report.filled >= min_fraction * report.asked:
         return
@@ -410,7 +410,7 @@ def _require(report: TransferReport, min_fraction: float) -> None:
     listed = "".join(f"\n  {tensor.name}: {tensor.why}" for tensor in missing[:10])
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
     raise WeightsError(
-        f"{report.source}; it fills {report.filled} of the {report.asked} tensors asked for, "
+        f"{report.source}; it fills {report.filled} of the {report.asked} requested tensors, "
         f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction)}"
     )
 
@@ -435,9 +435,9 @@ class Match:
     """How a file names the tensors of a network.
 
     Attributes:
-        prefix: what its names begin with.
-        stands_for: what the network's names have in that place: nothing, `swinViT.` or `vit.`.
-        names: the name in the file, for each tensor of the network that it has.
+        prefix: prefix of the names in the file.
+        stands_for: prefix in the network that it replaces: empty, `swinViT.` or `vit.`.
+        names: name in the network → name in the file, for the tensors that the file has.
     """
 
     prefix: str
@@ -446,10 +446,10 @@ class Match:
 
 
 def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
-    """Find the prefix of a file's names under which most are names of the network.
+    """Find the prefix without which most names in a file are names of the network.
 
-    So wrappers need no list of their own (`module.`, `_orig_mod.`, `backbone.`, `student.net.` …). Of two networks
-    in one file (student and teacher) the first counts.
+    So no list of wrappers is needed (`module.`, `_orig_mod.`, `backbone.`, `student.net.` …). Of two networks in one
+    file (student and teacher) the first is used.
 
     Args:
         found: names in the file.
@@ -469,10 +469,10 @@ def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
 
 
 def _spelled(name: str) -> str:
-    """A name as MONAI's networks spell it today.
+    """Convert a name to the current spelling of MONAI's networks.
 
-    The published SwinUNETR encoders have older spellings. MONAI's `MaskedAutoEncoderViT` has the last norm of a `ViT`
-    as the last of its blocks.
+    The published SwinUNETR encoders have older names. In MONAI's `MaskedAutoEncoderViT`, the last norm of a `ViT` is
+    the last of its blocks.
     """
     for old, new in ((".mlp.fc1.", ".mlp.linear1."), (".mlp.fc2.", ".mlp.linear2."), ("swin_vit.", "swinViT.")):
         name = name.replace(old, new)
@@ -483,7 +483,7 @@ def _spelled(name: str) -> str:
 
 
 def scale_free_convolutions(network: nn.Module) -> list[str]:
-    """Names of the convolutions that an instance norm follows, which undoes any factor in their weights."""
+    """Names of the convolutions before an instance norm, which removes the scale of their weights."""
     names = []
     for name, module in network.named_modules():
         if isinstance(module, Convolution) and hasattr(module, "adn"):
@@ -496,7 +496,7 @@ def scale_free_convolutions(network: nn.Module) -> list[str]:
 
 
 def _rescale(weights: dict[str, Tensor], fresh: dict[str, Tensor], convolutions: Sequence[str]) -> int:
-    """Give the loaded ones among the convolutions the norm of the fresh ones; says how many there were."""
+    """Scale the loaded convolutions to the norm of the initial ones; return their number."""
     loaded = [name for name in convolutions if f"{name}.weight" in weights]
     for name in loaded:
         size = float(weights[f"{name}.weight"].norm())
@@ -511,17 +511,17 @@ def _rescale(weights: dict[str, Tensor], fresh: dict[str, Tensor], convolutions:
 
 
 def inspect(path: str, into: str | None = None, config_file: str | Sequence[str] | None = None) -> None:
-    """Say what a checkpoint holds and, without training, what a bundle would take from it.
+    """Print the content of a checkpoint and, without training, what a bundle would load from it.
 
     Args:
-        path: the checkpoint.
+        path: checkpoint file.
         into: folder of the bundle, whose configs/train.yaml is read.
-        config_file: the bundle's configs in place of `into`, in case overlays are used:
+        config_file: configs of the bundle, instead of `into`, to use overlays:
             "['bundles/NAME/configs/train.yaml','bundles/NAME/configs/small.yaml']".
 
     Raises:
-        ValueError: `into` and `config_file` are both given, or one is not there.
-        WeightsError: the file cannot be read, or the bundle's training would refuse it.
+        ValueError: both `into` and `config_file` are given, or a file does not exist.
+        WeightsError: the file is not readable, or the bundle's training would refuse it.
     """
     if into is not None and config_file is not None:
         raise ValueError(f"transfer inspect: found --into {into} and --config_file, expected one of them")
@@ -534,7 +534,7 @@ def inspect(path: str, into: str | None = None, config_file: str | Sequence[str]
 
 
 def _say_transfer(path: str, parser: ConfigParser) -> None:
-    """Print what training with this config would, and refuse what it would."""
+    """Print the report that training with this config would print; raise the same errors."""
     settings = {name: parser.get_parsed_content(key) for name, key in SETTINGS.items()}
     network = parser.get_parsed_content("network_def")
     last = _last_level(network, settings["parts"], settings["decoder_levels"])
@@ -545,10 +545,10 @@ def _say_transfer(path: str, parser: ConfigParser) -> None:
 
 
 def _file_lines(path: str) -> list[tuple[str, str]]:
-    """What a file holds, in rows of a table."""
+    """Describe a file, in rows of a table."""
     key, state = read_checkpoint(path)
     size = bytes_text(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
-    # names do not depend on sizes, so the smallest networks tell them
+    # names do not depend on sizes, so the smallest networks are enough
     networks = (
         BasicUNet(3, features=(1, 1, 1, 1, 1, 1)),
         SwinUNETR(1, 1, feature_size=12),
@@ -568,19 +568,19 @@ def _file_lines(path: str) -> list[tuple[str, str]]:
         tokens = state[match.names[POSITIONS]].shape[1]
         side = _cube(tokens)
         shape = f"{size_text([side] * 3)} if the crop was a cube" if side else "the crop was no cube"
-        lines.append(("tokens", f"{tokens}: {shape} (the file does not tell it)"))
+        lines.append(("tokens", f"{tokens}: {shape} (not stored in the file)"))
     return [*lines, ("other", _listed(rest))] if rest else lines
 
 
 def _beginning(match: Match) -> str:
-    """How the names of a file begin, beside the network's."""
+    """Describe the prefix of the names in a file, compared with the network."""
     if match.prefix:
         return f"begin with `{match.prefix}`" + (f" in place of `{match.stands_for}`" if match.stands_for else "")
     return f"lack `{match.stands_for}`" if match.stands_for else "as MONAI's"
 
 
 def _parser(config_files: list[str]) -> ConfigParser:
-    """The config of a segmentation bundle, which works from wherever the bundle lies."""
+    """Read the config of a segmentation bundle, with its folder as `bundle_root`."""
     for file in config_files:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such config file, expected a bundle's train.yaml or overlay")

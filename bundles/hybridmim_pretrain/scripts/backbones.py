@@ -1,8 +1,8 @@
 """MONAI's networks, with `forward` split into `encode` (all levels) and `decode` (a sub-box of every level).
 
-The modules, and so the keys of the `state_dict`, are those of the MONAI class: what is pre-trained here loads
-into a plain `monai.networks.nets.BasicUNet` or `SwinUNETR`, strictly and without renaming. There are as many
-output as input channels, because pre-training reconstructs the input.
+The modules, and so the keys of the `state_dict`, are those of the MONAI class: pre-trained weights load strictly into
+a plain `monai.networks.nets.BasicUNet` or `SwinUNETR`, without renaming. The networks have as many output as input
+channels, because pre-training reconstructs the input.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Box = tuple[slice, slice, slice]
 
 
 def whole(size: Sequence[int]) -> Box:
-    """The box that is the whole crop of `size` voxels."""
+    """Return the box that covers the whole crop of `size` voxels."""
     return tuple(slice(0, s) for s in size)
 
 
 def crop_level(feature: Tensor, box: Box, stride: int) -> Tensor:
-    """The part of a feature map [B, F, H/stride, W/stride, D/stride] that lies in a box of voxels.
+    """Crop a feature map [B, F, H/stride, W/stride, D/stride] to a box of voxels.
 
     Raises:
-        ValueError: the box does not start and end between two elements of the feature map.
+        ValueError: the box is not aligned to the elements of the feature map.
     """
     if any(side.start % stride or side.stop % stride for side in box):
         raise ValueError(f"box {[(s.start, s.stop) for s in box]} must be aligned to {stride} voxels")
@@ -37,7 +37,7 @@ def crop_level(feature: Tensor, box: Box, stride: int) -> Tensor:
 
 @contextmanager
 def dropout_active(module: nn.Module) -> Iterator[None]:
-    """Let dropout act although the module is in evaluation mode."""
+    """Keep dropout active while the module is in evaluation mode."""
     layers = [m for m in module.modules() if isinstance(m, nn.Dropout)]
     before = [layer.training for layer in layers]
     for layer in layers:
@@ -55,9 +55,9 @@ class UNetBackbone(BasicUNet):
     Args:
         in_channels: channels of the input and of the output.
         features: channels of the five encoder stages, and of the last decoder stage.
-        dropout: probability, in the encoder's convolutions.
-        dropout_stages: encoder stages (0 to 4) in which dropout acts. By default all but the first: the first,
-            which works at full resolution, is then computed once for both views of the contrastive term.
+        dropout: dropout probability in the encoder's convolutions.
+        dropout_stages: encoder stages (0 to 4) with dropout. By default all but the first, so that the first stage,
+            which works at full resolution, is computed only once for both views of the contrastive term.
             `[0]` is the published placement.
     """
 
@@ -87,7 +87,7 @@ class UNetBackbone(BasicUNet):
         return self._down(self.conv_0(image))
 
     def encode_again(self, image: Tensor, features: list[Tensor]) -> list[Tensor]:
-        """A second encoding of the same image, with fresh dropout; what has no dropout is not computed again."""
+        """Encode the same image again with new dropout; a first stage without dropout is reused."""
         return self._down(features[0]) if self.shares_first_stage else self.encode(image)
 
     def _down(self, x0: Tensor) -> list[Tensor]:
@@ -112,7 +112,7 @@ class SwinUNETRBackbone(SwinUNETR):
     Args:
         in_channels: channels of the input and of the output.
         feature_size: channels of the first stage, a multiple of 12.
-        dropout: probability, after the patch embedding and in the transformer blocks.
+        dropout: dropout probability after the patch embedding and in the transformer blocks.
     """
 
     stride = 32
@@ -124,7 +124,7 @@ class SwinUNETRBackbone(SwinUNETR):
 
     @property
     def token_embedding(self) -> nn.Conv3d:
-        """The convolution that makes tokens of voxels, [B, C, H, W, D] → [B, F, H/2, W/2, D/2]."""
+        """The patch embedding, a convolution [B, C, H, W, D] → [B, F, H/2, W/2, D/2]."""
         return self.swinViT.patch_embed.proj
 
     def encode(self, image: Tensor) -> list[Tensor]:
@@ -133,7 +133,7 @@ class SwinUNETRBackbone(SwinUNETR):
         return [image, *self.swinViT(image, self.normalize)]
 
     def encode_again(self, image: Tensor, features: list[Tensor]) -> list[Tensor]:
-        """A second encoding of the same image, with fresh dropout (which acts from the first block on)."""
+        """Encode the same image again with new dropout (which starts in the first block, so nothing is reused)."""
         return self.encode(image)
 
     def decode(self, features: list[Tensor], box: Box) -> Tensor:
@@ -151,9 +151,8 @@ Backbone = UNetBackbone | SwinUNETRBackbone
 
 
 def pooled(bottleneck: Tensor) -> Tensor:
-    """One vector per crop, different for different crops: [B, F, h, w, d] → [B, F].
+    """Pool the bottleneck to one vector per crop by the maximum: [B, F, h, w, d] → [B, F].
 
-    The maximum, because the bottleneck comes out of a normalisation that makes the mean nearly the same for
-    every crop.
+    The mean does not distinguish crops: a normalisation before it makes it nearly the same for every crop.
     """
     return torch.amax(bottleneck, dim=(2, 3, 4))

@@ -1,4 +1,4 @@
-"""Checks and start table of pre-training."""
+"""Checks before pre-training, and its start table."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ def start_pretraining(
     spacing: Sequence[float] | None,
     resume_from: str | None,
 ) -> None:
-    """Refuse what cannot work, then print what will be done.
+    """Check that pre-training can run, then print the start table.
 
     Args:
         training: items of the training data.
         validation: items of the validation data.
-        left_out: scans that were left out; the table lists them.
-        channels: of the network's input.
-        workers: that read scans.
-        remember: file of the scans that were checked before.
-        step: the step that is trained.
-        loss: its loss.
-        backbone: what `backbone.pt` will hold.
-        mask: the last random transform; of methods that mask, how masks are drawn.
-        crops: in a batch of one process.
-        crops_per_volume: crops from each scan.
+        left_out: excluded scans, for the table.
+        channels: number of input channels of the network.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks.
+        step: training step with the network.
+        loss: loss function.
+        backbone: network that is saved as `backbone.pt`.
+        mask: last random transform; for methods with masking, the transform that draws the masks.
+        crops: number of crops per batch and process.
+        crops_per_volume: number of crops per scan.
         world_size: number of processes.
-        cache: none, memory or disk.
-        cache_dir: of the disk cache.
-        spacing: mm, that scans are resampled to, or None.
-        resume_from: folder of training checkpoints, or None for a fresh start.
+        cache: `none`, `memory` or `disk`.
+        cache_dir: folder of the disk cache.
+        spacing: voxel size after resampling, mm, or None.
+        resume_from: folder of training checkpoints, or None for a new run.
 
     Raises:
-        ScanError: scans cannot be used.
-        WeightsError: the checkpoint to resume from is missing or of another network.
-        OSError: no room for the cache.
-        ValueError: the batch, or the number of scans, is too small, or another network than the backbone is trained.
+        ScanError: scans are unusable.
+        WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        OSError: the disk or the memory is too small for the cache.
+        ValueError: the batch or the number of scans is too small, or the backbone is not part of the trained network.
     """
     _check_backbone(step.network_def, backbone)
     crops = min(crops, len(training) // world_size * crops_per_volume)

@@ -1,4 +1,4 @@
-"""Projections of all processes together, so that the contrastive terms compare all crops of a step."""
+"""Gathers the projections of all processes, so that the contrastive terms compare all crops of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation over all processes; in the backward pass each gets the gradients of all for its own part."""
+    """Concatenation over all processes; the backward pass sums the gradients of all processes for the own part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(projection: Tensor) -> Tensor:
-    """Projections of all processes, [B, E] → [ranks × B, E], with gradients to where they came from.
+    """Gather the projections of all processes, [B, E] → [ranks × B, E]; gradients flow back to each process.
 
     Every process must have the same number of crops B.
     """

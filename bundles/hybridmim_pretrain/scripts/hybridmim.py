@@ -1,11 +1,11 @@
-"""HybridMIM (arXiv 2303.10333): mask a crop, reconstruct it, and say what was masked.
+"""HybridMIM (arXiv 2303.10333): mask a crop, reconstruct it, and predict what was masked.
 
             ┌─ decode a box ──────────→ reconstruction      pixel level
     crop → mask → encode ─┬─ mean of each region ─→ number, location    region level
             └─ again, other dropout ──→ two projections     sample level
 
-`HybridMIM` is the network that is kept: a backbone and three heads, each one linear layer. `PretrainStep` is one
-step of pre-training with it, as the figure above.
+`HybridMIM` is the network: a backbone and three heads, each a linear layer. `PretrainStep` runs one pre-training step,
+as in the figure.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class HybridMIM(nn.Module):
 
     Args:
         backbone: `UNetBackbone` or `SwinUNETRBackbone`.
-        geometry: gives the regions, and M, the patches in each.
-        projection_size: length of the vector that stands for a crop in the contrastive term.
+        geometry: region and patch sizes, which determine M, the number of patches per region.
+        projection_size: length of the projection of a crop for the contrastive term.
 
     Raises:
-        ValueError: the backbone has no decoder, or another stride than the geometry.
+        ValueError: the backbone has no decoder, or its stride differs from that of the geometry.
     """
 
     def __init__(self, backbone: Backbone, geometry: Geometry, projection_size: int = 384) -> None:
@@ -60,12 +60,12 @@ class HybridMIM(nn.Module):
         return torch.sigmoid(self.backbone(image))
 
     def perceive(self, bottleneck: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of number [B, M + 1, R1, R2, R3] and location [B, M, R1, R2, R3], from each region's own box."""
+        """Logits of number [B, M + 1, R1, R2, R3] and location [B, M, R1, R2, R3] from the mean of each region."""
         regions = F.avg_pool3d(bottleneck, self.region_extent)
         return self.number_head(regions), self.location_head(regions)
 
     def project(self, bottleneck: Tensor) -> Tensor:
-        """One vector [B, E] for each crop."""
+        """Projections of the crops, [B, E]."""
         return self.projection(pooled(bottleneck))
 
 
@@ -73,22 +73,22 @@ class PretrainStep(nn.Module):
     """One step of HybridMIM: masks crops and predicts at all three levels.
 
     In training only a box of the crop is decoded, and the projections of all processes are gathered. In
-    evaluation the whole crop is decoded, without dropout but for the two views, and nothing is gathered,
-    because the processes may have batches of different sizes.
+    evaluation the whole crop is decoded, only the two views use dropout, and nothing is gathered, because the
+    processes may have batches of different sizes.
 
     Args:
         network_def: the network that is trained.
-        geometry: `decode_size` is the box to decode.
-        decode_box: `random` draws the box among the aligned positions, anew at every step; three numbers fix
-            the voxel at which it starts.
-        contrastive: make the two views.
+        geometry: sizes of crop, patch and decoded box (`decode_size`).
+        decode_box: position of the decoded box: `random` (a new aligned position at every step), or its first
+            voxel (three numbers).
+        contrastive: whether to make the two views.
         mask_fill: value of the masked voxels.
 
     Raises:
-        ValueError: `decode_box` is neither, or not aligned, or does not fit into the crop.
+        ValueError: `decode_box` is neither `random` nor three numbers, is not aligned, or exceeds the crop.
     """
 
-    images_per_crop = 1  # images of a crop in a batch
+    images_per_crop = 1  # number of images per crop in a batch
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class PretrainStep(nn.Module):
         )
 
     def two_views(self, visible: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Two projections [N, E] that differ by dropout only; the second has no gradient through the encoder."""
+        """Two projections [N, E] that differ only by dropout; the second has no gradient through the encoder."""
         backbone, project = self.network_def.backbone, self.network_def.project
         if not self.training:
             with dropout_active(backbone):
@@ -134,7 +134,7 @@ class PretrainStep(nn.Module):
         return gather(project(features[-1])), gather(project(second))
 
     def draw_box(self) -> Box:
-        """The box to decode, aligned to the bottleneck."""
+        """Return the box to decode, aligned to the bottleneck."""
         g = self.geometry
         if self.decode_box == "random":
             positions = [(r - d) // g.stride + 1 for r, d in zip(g.roi_size, g.decode_size, strict=True)]
@@ -144,7 +144,7 @@ class PretrainStep(nn.Module):
         return tuple(slice(s, s + d) for s, d in zip(start, g.decode_size, strict=True))
 
     def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
-        """Rows of the start table that describe this step."""
+        """Return the rows of the start table for this step."""
         g = self.geometry
         return [
             (

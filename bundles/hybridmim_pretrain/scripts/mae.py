@@ -1,9 +1,9 @@
-"""MAE (arXiv 2111.06377) on volumes, as in MIM-Med3D (arXiv 2204.11716): encode what is visible, paint the rest.
+"""MAE (arXiv 2111.06377) on volumes, as in MIM-Med3D (arXiv 2204.11716): encode visible tokens, reconstruct the rest.
 
     crop → tokens ─ visible ones → encoder (ViT) → put back among mask tokens → light decoder → voxels
 
-The transformer is MONAI's `MaskedAutoEncoderViT`, which draws its masks itself; here they come with the data, so that
-validation repeats its masks and pictures show them. Its encoder is the one of MONAI's `UNETR`.
+The transformer is MONAI's `MaskedAutoEncoderViT`. That class draws its own masks; here masks come with the data, so
+that validation masks are fixed and pictures show them. Its encoder is that of MONAI's `UNETR`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class MAE(MaskedAutoEncoderViT):
     """A masked autoencoder.
 
     Args:
-        roi_size: of a crop, voxels; a multiple of 16.
-        in_channels: of the image.
-        hidden_size: width of the encoder.
-        mlp_size: width of its feed-forward layers.
-        heads: of its attention.
-        mask_ratio: share of the tokens that every mask of a training hides.
-        decoder_size: width of the decoder.
-        decoder_layers: its depth.
-        decoder_heads: of its attention.
+        roi_size: crop size, voxels; a multiple of 16.
+        in_channels: channels of the image.
+        hidden_size: channels of a token in the encoder.
+        mlp_size: width of the encoder's feed-forward layers.
+        heads: attention heads of the encoder.
+        mask_ratio: fraction of the tokens that is masked in training.
+        decoder_size: channels of a token in the decoder.
+        decoder_layers: depth of the decoder.
+        decoder_heads: attention heads of the decoder.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class MAE(MaskedAutoEncoderViT):
         """Reconstruct a crop: [B, C, H, W, D] → the same shape.
 
         Args:
-            image: the crop; masked voxels are ignored.
-            mask: bool [B, 1, H/16, W/16, D/16], `mask_ratio` of it true. Without it the image is masked already:
-                tokens of nothing but 0 are hidden.
+            image: the crop; masked voxels are not used.
+            mask: bool [B, 1, H/16, W/16, D/16], a fraction `mask_ratio` of it true. None: the image is already
+                masked, and tokens that contain only 0 count as masked.
 
         Raises:
-            ValueError: the mask has another shape.
+            ValueError: the mask has the wrong shape.
         """
         if mask is None:
             hidden = empty_patches(image, (TOKEN,) * 3).flatten(1)
@@ -84,7 +84,7 @@ class MAE(MaskedAutoEncoderViT):
         return self._paint(image, hidden, tokens - round(self.masking_ratio * tokens))
 
     def _paint(self, image: Tensor, hidden: Tensor, visible: int) -> Tensor:
-        """Hidden [B, tokens], of which `visible` are false in every row."""
+        """Reconstruct from the tokens that are not hidden (bool [B, tokens]); every row has `visible` of them."""
         kept = hidden.byte().argsort(dim=1, stable=True)[:, :visible, None]  # false, the visible ones, come first
         tokens = self.patch_embedding(image)
         tokens = tokens.gather(1, kept.expand(-1, -1, tokens.shape[2]))
@@ -97,7 +97,7 @@ class MAE(MaskedAutoEncoderViT):
 
 
 class MAEEncoder(nn.Module):
-    """The encoder of a MAE under the names of MONAI's `ViT`, as `UNETR` has it; it shares the MAE's parameters."""
+    """The encoder of an MAE with the parameter names of MONAI's `ViT`, as in `UNETR`; shares the MAE's parameters."""
 
     stride = TOKEN
 

@@ -1,7 +1,7 @@
 """The two-level masking hierarchy: which patches of a crop are hidden from the network (arXiv 2303.10333).
 
 A crop is divided into regions, a region into patches. Level one draws how many patches of each region are
-masked, level two which ones. What is drawn is one boolean per patch; `apply_mask` hides the voxels on the device.
+masked, level two which ones. A mask has one boolean per patch; `apply_mask` fills the voxels on the device.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that must fit each other, in voxels along the three axes.
+    """Sizes of crop, region, patch and decoded box, in voxels along the three axes; checks that they are compatible.
 
     Raises:
-        ValueError: with the key, what was found and what was expected, when they do not.
+        ValueError: the sizes are not compatible; the message names the key, the value and what was expected.
     """
 
-    roi_size: Sequence[int]  # a crop
-    region_size: Sequence[int]  # a sub-volume of the crop, whose masked patches are counted and located
-    patch_size: Sequence[int]  # the cube that is masked as a whole
-    decode_size: Sequence[int]  # the box of the crop that is reconstructed in training
-    stride: int  # of the bottleneck: 16 for UNet and ViT, 32 for SwinUNETR
+    roi_size: Sequence[int]  # crop
+    region_size: Sequence[int]  # part of the crop in which masked patches are counted and located
+    patch_size: Sequence[int]  # unit of masking
+    decode_size: Sequence[int]  # box of the crop that is reconstructed in training
+    stride: int  # total downsampling of the network: 16 for UNet and ViT, 32 for SwinUNETR
 
     def __post_init__(self) -> None:
         for key in ("roi_size", "region_size", "patch_size", "decode_size"):
@@ -71,34 +71,34 @@ class Geometry:
 
 
 def apply_mask(image: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
-    """Fill the masked patches of image [B, C, H, W, D] by mask [B, 1, P1, P2, P3]; all channels alike."""
+    """Fill the masked patches of image [B, C, H, W, D] in all channels; mask [B, 1, P1, P2, P3]."""
     return torch.where(expand_mask(mask, image.shape[2:]), fill, image)
 
 
 def empty_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Patches that hold nothing but 0, which are masked or padding: [B, C, H, W, D] → bool [B, 1, P1, P2, P3]."""
+    """Patches that contain only 0 (masked or padding): [B, C, H, W, D] → bool [B, 1, P1, P2, P3]."""
     return F.max_pool3d(scan_voxels(image).float(), tuple(patch_size)) == 0
 
 
 class RandPatchMaskd(Randomizable, Transform):
-    """Hides a share of the patches of a volume from the network: draws which ones, as the entry `mask`.
+    """Draws a random mask for a volume and adds it as the entry `mask`.
 
-    The image itself is left alone; `apply_mask` fills the patches on the device. Exactly
-    `round(mask_ratio × patches)` patches are masked, whatever the scheme:
+    The image does not change; `apply_mask` fills the masked patches on the device. In both schemes, exactly
+    `round(mask_ratio × patches)` patches are masked:
 
-    - `two_level`: for each region, first how many of its patches are masked, then which. The counts follow the
-      distribution of highest entropy that has the wanted mean, so that every count 0 … M occurs and the number
-      is worth predicting.
-    - `uniform`: drawn from all patches of the volume alike (what the published code does).
+    - `two_level`: draws, for each region, first how many of its patches are masked, then which. The counts follow
+      the distribution of highest entropy with the required mean, so that every count 0 … M occurs and predicting the
+      number is a meaningful task.
+    - `uniform`: draws uniformly from all patches of the volume (as the published code).
 
     Args:
-        geometry: gives region and patch size (voxels).
-        mask_ratio: share of the patches that are masked, above 0 and below 1.
+        geometry: region and patch size (voxels).
+        mask_ratio: fraction of the patches that is masked, above 0 and below 1.
         mask_scheme: `two_level` or `uniform`.
-        key: entry that holds the volume, [C, H, W, D]; each side must be a multiple of the region.
+        key: entry with the volume, [C, H, W, D]; each side must be a multiple of the region size.
 
     Raises:
-        ValueError: an argument, or the shape of a volume, does not fit.
+        ValueError: an argument is invalid, or the shape of a volume is not a multiple of the region size.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class RandPatchMaskd(Randomizable, Transform):
         return {**data, "mask": torch.from_numpy(self.draw(size)[None])}
 
     def describe(self) -> str:
-        """What is masked, in words."""
+        """Return a description of the masking for the start table."""
         return f"{self.mask_scheme}, {self.mask_ratio:g} of the patches of {size_text(self.geometry.patch_size)}"
 
     def draw(self, size: Sequence[int]) -> np.ndarray:
@@ -141,11 +141,11 @@ class RandPatchMaskd(Randomizable, Transform):
         return by_region.reshape(*regions, *m).transpose(0, 3, 1, 4, 2, 5).reshape(grid)
 
     def _ranks(self, rows: int, columns: int) -> np.ndarray:
-        """A random order of 0 … columns - 1 in each row."""
+        """Return an independent random permutation of 0 … columns - 1 in each row."""
         return self.R.random((rows, columns)).argsort(axis=1)
 
     def _draw_counts(self, regions: int, total: int) -> np.ndarray:
-        """Masked patches of each region: drawn freely, then moved by single patches until the total is exact."""
+        """Draw the number of masked patches of each region, then adjust some by 1 until the total is exact."""
         top = len(self.count_probability) - 1
         counts = self.R.choice(top + 1, size=regions, p=self.count_probability)
         while difference := total - counts.sum():
@@ -161,7 +161,7 @@ class ApplyMaskd(Transform):
 
     Args:
         fill: value of masked voxels.
-        key: entry that is masked, by the entry `mask` of `RandPatchMaskd`.
+        key: entry that is masked, with the entry `mask` that `RandPatchMaskd` added.
     """
 
     def __init__(self, fill: float = 0.0, key: str = "image") -> None:
@@ -181,17 +181,17 @@ def max_entropy_counts(patches: int, ratio: float) -> np.ndarray:
         p = np.exp(slope * counts - np.max(slope * counts))
         return p / p.sum()
 
-    # the mean runs from 0 to `patches` as the slope does from -∞ to ∞
+    # the mean increases from 0 to `patches` as the slope increases from -∞ to ∞
     slope = brentq(lambda s: probability(s) @ counts - ratio * patches, -700, 700)
     return probability(slope)
 
 
 class FixedDrawd(Randomizable, Transform):
-    """Random transforms that draw the same for the same scan: validation crops and masks never change.
+    """Random transforms with a fixed seed per scan, so that validation crops and masks never change.
 
     Args:
-        transforms: the random transforms.
-        seed: changes all draws.
+        transforms: random transforms.
+        seed: combined with the name of the scan to seed the transforms.
     """
 
     def __init__(self, transforms: Sequence[Transform], seed: int = 0) -> None:

@@ -1,11 +1,11 @@
-"""Validation metrics of pre-training, each beside what a network that learnt nothing would reach.
+"""Validation metrics of pre-training, each with a baseline: the value of a network that has learnt nothing.
 
-| metric               | beside              | which is                                                        |
-| `masked_mse`, `psnr` | `mean_mse`          | predicting the mean of the crop's visible voxels                |
-| `number_accuracy`    | `number_majority`   | always answering the most frequent number of masked patches     |
-| `location_accuracy`  | `location_majority` | answering "masked", or "visible", for every patch               |
-| `location_auroc`     | 0.5                 | ranking the patches at random                                   |
-| `retrieval_accuracy` | `retrieval_chance`  | picking any of the other views of the validation set            |
+| metric               | baseline            | baseline predictor                                              |
+| `masked_mse`, `psnr` | `mean_mse`          | the mean of the crop's visible voxels                           |
+| `number_accuracy`    | `number_majority`   | the most frequent number of masked patches                      |
+| `location_accuracy`  | `location_majority` | "masked", or "visible", for every patch                         |
+| `location_auroc`     | 0.5                 | random ranking of the patches                                   |
+| `retrieval_accuracy` | `retrieval_chance`  | a random other view of the validation set                       |
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ AUROC_BINS = 2048
 
 
 class PretrainMetrics(Metric):
-    """All metrics of a validation, over all processes; each is put into `engine.state.metrics` by its own name.
+    """Computes all metrics of a validation, over all processes, and adds them to `engine.state.metrics` by name.
 
-    HybridMIM has all; MAE and SimMIM have those of the reconstruction, SimCLR those of the retrieval.
+    HybridMIM has all metrics; MAE and SimMIM have those of the reconstruction, SimCLR those of the retrieval.
 
-    Masked voxels, regions and patches are counted as in the loss: what is padding does not count.
+    Masked voxels, regions and patches are counted as in the loss, without padding.
     """
 
     required_output_keys = None
@@ -82,7 +82,7 @@ class PretrainMetrics(Metric):
         self._sums[name] = self._sums.get(name, 0) + value
 
     def compute(self) -> dict[str, float]:
-        """All metrics as numbers."""
+        """Return all metrics as floats."""
         s = {name: idist.all_reduce(value.to(idist.device())).cpu() for name, value in self._sums.items()}
         metrics = {name: s[name] / s["crops"] for name in s if name.startswith("loss")}
         if "squared_error" in s:
@@ -108,7 +108,7 @@ class PretrainMetrics(Metric):
         return {name: float(value) for name, value in metrics.items()}
 
     def completed(self, engine: Engine, name: str) -> None:
-        """Put every metric into the engine's state."""
+        """Add all metrics to the engine's state."""
         engine.state.metrics.update(self.compute())
 
 
@@ -119,7 +119,7 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def retrieval_accuracy(first: Tensor, second: Tensor) -> Tensor:
-    """How often a view's nearest other view (cosine) is the one of the same crop; views [N, E] of N crops."""
+    """Fraction of views whose nearest other view (cosine) is of the same crop; views [N, E] of N crops."""
     n = len(first)
     nearest = view_similarity(first, second).argmax(1)
     return (nearest == torch.arange(2 * n, device=nearest.device).roll(n)).double().mean()

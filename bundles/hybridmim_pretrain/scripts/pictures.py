@@ -14,9 +14,9 @@ from .masking import apply_mask
 
 
 class ValidationFigure:
-    """Draws the first validation crop after every validation, in three planes.
+    """Draws the first validation crop in three planes, at every validation.
 
-    That is: input, masked, reconstruction and error; or, of a method that masks nothing, the two views.
+    Shows input, masked input, reconstruction and error; for a method without masking, the two views.
 
     Args:
         figure_dir: folder of the pictures, one PNG for each validation.

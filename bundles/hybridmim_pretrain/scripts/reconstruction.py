@@ -1,4 +1,4 @@
-"""What inference makes of a reconstructed scan: the comparison with the original, and a picture."""
+"""Inference: compares a reconstructed scan with the original, and draws a picture."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .simclr import SimCLR
 
 
 def require_reconstruction(network: nn.Module) -> None:
-    """Refuse, before scans are read, a network that has nothing to show.
+    """Refuse a network that does not reconstruct, before scans are read.
 
     Raises:
-        ValueError: it makes no image.
+        ValueError: the network outputs no image.
     """
     if isinstance(network, SimCLR):
         raise ValueError(
             "config_file: found simclr.yaml, whose network makes no image, expected the overlays of a method that "
-            "does (HybridMIM needs none; mae.yaml, simmim.yaml). SimCLR is measured by `run evaluating` with train.yaml"
+            "does (HybridMIM needs none; mae.yaml, simmim.yaml). To evaluate SimCLR, use `run evaluating`"
         )
 
 
 class CompareReconstructiond(Transform):
-    """Pastes the reconstruction into the scan and measures it, where it was masked.
+    """Inserts the reconstructed masked voxels into the scan and computes their error.
 
-    Takes `scan` and `pred` [C, H, W, D] and `mask` [1, P1, P2, P3]. Sets `pred` (painted where masked, the scan
-    elsewhere), `error` (absolute, 0 where nothing was masked) and `counted` (bool [1, H, W, D], masked voxels of
-    the scan).
+    Reads `scan` and `pred` [C, H, W, D] and `mask` [1, P1, P2, P3]. Sets `pred` (the reconstruction in masked voxels,
+    the scan elsewhere), `error` (absolute, 0 in visible voxels) and `counted` (bool [1, H, W, D], masked voxels of the
+    scan).
     """
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
@@ -47,11 +47,11 @@ class CompareReconstructiond(Transform):
 
 
 class SaveReconstructionFigured(Transform):
-    """Writes `NAME_reconstruction.png` of the middle planes, before the scan goes back to its own geometry.
+    """Writes `NAME_reconstruction.png` of the middle planes, before the scan is resampled to the geometry of its file.
 
     Args:
         figure_dir: folder of the pictures.
-        scan_root: folder of the scans; the folders below it are kept.
+        scan_root: folder of the scans; pictures are written to the same subfolders.
     """
 
     def __init__(self, figure_dir: str | Path, scan_root: str | Path) -> None:

@@ -1,8 +1,8 @@
-"""SimCLR (arXiv 2002.05709) on volumes, the rival of masked image modelling in MIM-Med3D (arXiv 2204.11716).
+"""SimCLR (arXiv 2002.05709) on volumes, the contrastive method in MIM-Med3D (arXiv 2204.11716).
 
     scan → two crops, each augmented → the same encoder → maximum over the bottleneck → two-layer head → two views
 
-The views of a scan find each other among those of all scans of the batch. The crops and their augmentation are
+The loss matches the two views of a scan among those of all scans of the batch. The crops and their augmentation are
 transforms (`draw` in simclr.yaml).
 """
 
@@ -21,12 +21,12 @@ from .vit import ViTBackbone
 class SimCLR(nn.Module):
     """An encoder and a head of two layers, each with a batch norm, as in SimCLR's published code.
 
-    At the start the vectors of all crops are nearly the same; the norms take away what they share. Each process norms
-    its own crops.
+    At the start the vectors of all crops are nearly equal; the norms remove their common part. Each process normalises
+    over its own crops.
 
     Args:
-        backbone: any; of one with a decoder, the decoder is not trained.
-        projection_size: length of the vector that stands for a view.
+        backbone: any backbone; a decoder is not trained.
+        projection_size: length of the projection of a view.
     """
 
     def __init__(self, backbone: Backbone | ViTBackbone, projection_size: int = 128) -> None:
@@ -44,15 +44,15 @@ class SimCLR(nn.Module):
 
 
 class SimCLRStep(nn.Module):
-    """One step of SimCLR: the vectors of both views.
+    """One step of SimCLR: computes the projections of both views.
 
     Args:
         network_def: the network that is trained.
-        geometry: gives the size of a crop.
+        geometry: crop size.
     """
 
     contrastive = True
-    images_per_crop = 2  # a batch of N crops comes as 2N images: both views of the first, both of the second …
+    images_per_crop = 2  # a batch of N crops has 2N images: the two views of the first crop, of the second, …
     has_unused_parameters = True  # the backbone's decoder
 
     def __init__(self, network_def: SimCLR, geometry: Geometry) -> None:
@@ -67,5 +67,5 @@ class SimCLRStep(nn.Module):
         return Prediction(views=tuple(gather(view) for view in views) if self.training else views)
 
     def lines(self, mask: object) -> list[tuple[str, str]]:
-        """Rows of the start table that describe this step."""
+        """Return the rows of the start table for this step."""
         return [("views", "two crops of each scan, each augmented; nothing is masked")]

@@ -2,7 +2,7 @@
 
     crop → tokens ─ hidden ones become one learnt mask token → encoder (ViT or Swin) → one linear layer → voxels
 
-The encoder sees all tokens, at their places; only `backbone.pt`'s encoder is trained (SwinUNETR's decoder is not).
+The encoder sees all tokens at their positions. Only the encoder is trained, not the decoder of SwinUNETR.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .vit import ViTBackbone
 
 
 class SimMIM(nn.Module):
-    """An encoder whose hidden tokens are replaced, and a linear head.
+    """An encoder whose masked tokens are replaced by a mask token, and a linear head.
 
     Args:
         backbone: `ViTBackbone` or `SwinUNETRBackbone`.
-        geometry: gives the patches that are hidden as a whole; their size is a multiple of the tokens'.
+        geometry: size of the masked patches, a multiple of the token size.
 
     Raises:
-        ValueError: a backbone without tokens, or patches that do not fit them.
+        ValueError: the backbone has no tokens, or the patch size is not a multiple of the token size.
     """
 
     def __init__(self, backbone: ViTBackbone | SwinUNETRBackbone, geometry: Geometry) -> None:
@@ -53,8 +53,8 @@ class SimMIM(nn.Module):
         """Reconstruct a crop: [B, C, H, W, D] → the same shape.
 
         Args:
-            image: the crop; masked voxels are ignored.
-            mask: bool [B, 1, P1, P2, P3]. Without it the image is masked already: patches of nothing but 0 are hidden.
+            image: the crop; masked voxels are not used.
+            mask: bool [B, 1, P1, P2, P3]. None: the image is already masked; patches with only 0 count as masked.
         """
         hidden = empty_patches(image, self.patch_size) if mask is None else mask
 

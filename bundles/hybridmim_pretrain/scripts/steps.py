@@ -17,7 +17,7 @@ class ReconstructionStep(nn.Module):
 
     Args:
         network_def: the network that is trained.
-        geometry: gives the sizes of a crop and of what is hidden as a whole.
+        geometry: sizes of crop and patch.
     """
 
     contrastive = False
@@ -34,5 +34,5 @@ class ReconstructionStep(nn.Module):
         return Prediction(reconstruction=self.network_def(image, mask), box=whole(image.shape[2:]))
 
     def lines(self, mask: RandPatchMaskd) -> list[tuple[str, str]]:
-        """Rows of the start table that describe this step."""
+        """Return the rows of the start table for this step."""
         return [("masking", mask.describe())]

@@ -15,10 +15,10 @@ from tools.training.mixed_precision import amp_dtype, use_amp
 
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Image, mask, prediction and loss terms of one batch, on the engine's device."""
+    """Run the network on one batch; return image, mask, prediction and loss terms, on the engine's device."""
     image, mask = (
         convert_to_tensor(batch[key], track_meta=False).to(engine.state.device, non_blocking=engine.non_blocking)
-        if key in batch  # a method may mask nothing
+        if key in batch  # SimCLR has no mask
         else None
         for key in ("image", "mask")
     )
@@ -39,7 +39,7 @@ class PretrainTrainer(SupervisedTrainer):
         device = torch.device(device)
         amp = use_amp(amp, device)
         super().__init__(device, *args, amp=amp, decollate=False, optim_set_to_none=True, **kwargs)
-        # MONAI makes its own anew in every `run`, which could not be restored before training
+        # MONAI creates a new scaler in every `run`, which could not be restored before training
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp and amp_dtype() == torch.float16)
 
     def _iteration(self, engine: PretrainTrainer, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ class PretrainTrainer(SupervisedTrainer):
         return engine.state.output
 
     def state_dict(self) -> dict[str, Any]:
-        """Ignite's state of the engine, and that of the gradient scaler."""
+        """Return Ignite's state of the engine and the state of the gradient scaler."""
         return {**super().state_dict(), "scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class PretrainTrainer(SupervisedTrainer):
 
 
 class PretrainEvaluator(SupervisedEvaluator):
-    """`SupervisedEvaluator` that computes the training loss too; output as `PretrainTrainer`'s."""
+    """`SupervisedEvaluator` that also computes the training loss; same output as `PretrainTrainer`."""
 
     def __init__(
         self, device: str | torch.device, *args: Any, loss_function: Any, amp: bool = False, **kwargs: Any

@@ -14,11 +14,11 @@ class ViTBackbone(ViT):
     """An encoder without a decoder. Its `state_dict` loads strictly into a plain `monai.networks.nets.ViT`.
 
     Args:
-        roi_size: of a crop, voxels; a multiple of 16. Other crops are refused: position embeddings belong to it.
-        in_channels: of the image.
+        roi_size: crop size, voxels; a multiple of 16. The position embeddings fit only this size.
+        in_channels: channels of the image.
         hidden_size: channels of a token, a multiple of 6 and of `heads`.
         mlp_size: width of the feed-forward layers.
-        heads: of the attention.
+        heads: number of attention heads.
     """
 
     stride = TOKEN
@@ -37,7 +37,7 @@ class ViTBackbone(ViT):
 
     @property
     def token_embedding(self) -> nn.Conv3d:
-        """The convolution that makes tokens of voxels, [B, C, H, W, D] → [B, F, H/16, W/16, D/16]."""
+        """The patch embedding, a convolution [B, C, H, W, D] → [B, F, H/16, W/16, D/16]."""
         return self.patch_embedding.patch_embeddings
 
     def encode(self, image: Tensor) -> list[Tensor]:

@@ -183,7 +183,9 @@ def test_a_bundle_tells_problems_of_pairs_images_and_labels_at_once(cases, tmp_p
     assert lines[0] == f"{cases}/imagesTr/d.nii.gz has no label, expected d.nii.gz in labelsTr"
     assert lines[1] == f"{cases}/labelsTr/e.nii.gz has no image, expected e.nii.gz in imagesTr"
     assert lines[2].startswith(f"{cases}/imagesTr/b.nii.gz: is empty")
-    assert lines[3].startswith(f"{cases}/imagesTr/c.nii.gz: its label {cases}/labelsTr/c.nii.gz has values of no class")
+    assert lines[3].startswith(
+        f"{cases}/imagesTr/c.nii.gz: its label {cases}/labelsTr/c.nii.gz has unknown label values"
+    )
     assert lines[4] == "scans      1 readable, 2 unreadable"
 
 

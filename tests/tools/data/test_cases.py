@@ -321,7 +321,7 @@ def test_other_btcv_cases_fall_back_to_a_fold_and_say_so(caplog):
     few = btcv_cases(range(1, 5))
     assert split_by_layout(few, "btcv", None, 5, 0) == split_cases(few, 5, 0, 0)
     (record,) = caplog.records
-    assert record.getMessage().endswith("Fold 0 of 5 is taken.")
+    assert record.getMessage().endswith("Fold 0 of 5 is used.")
 
 
 def test_label_fractions_are_nested():
@@ -383,7 +383,7 @@ def test_a_datalist_without_validation_is_split(listed_set):
 def test_a_case_on_both_sides_is_told(listed_set, caplog):
     content = {"training": listed(1, 2), "validation": listed(2)}
     training_cases(listed_set, write_json(listed_set / "list.json", content))
-    assert f"1 cases are trained on and evaluated, too (first: {listed_set}/img/2.nii)" in caplog.text
+    assert f"1 cases are used for both training and evaluation (first: {listed_set}/img/2.nii)" in caplog.text
 
 
 @pytest.mark.parametrize(

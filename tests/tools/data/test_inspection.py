@@ -389,10 +389,10 @@ def with_not_a_number(array):
     [
         (
             label_map(np.int16, (0, 1, 2, 2, 2, 7, -1)),
-            r"has values of no class: found -?\d \(2\d\d voxels\), -?\d \(2\d\d voxels\), expected 0, 1, 2$",
+            r"has unknown label values: found -?\d \(2\d\d voxels\), -?\d \(2\d\d voxels\), expected 0, 1, 2$",
         ),
         (label_map(values=range(99)), r"found (\d+ \(\d+ voxels\), ){4}\d+ \(\d+ voxels\) and 91 more, expected 0, 1"),
-        (half(label_map()), r"has 4 voxels of no whole number \(first: 0\.5\), expected label values"),
+        (half(label_map()), r"has 4 voxels that are not whole numbers \(first: 0\.5\), expected label values"),
         (with_not_a_number(label_map()), r"has 4 NaN or infinite values among 1680 voxels, expected finite values"),
         (np.stack([label_map()] * 2, -1), r"has 2 channels \(shape 10×12×14×2\), expected one label map"),
         (label_map()[..., 0], r"is 2D: found the shape 10×12"),

@@ -572,7 +572,7 @@ def test_inspect_says_what_a_file_holds(model, capsys):
                 "names": "begin with `backbone.` in place of `vit.`",
                 "encoder": "161 tensors",
                 "decoder": "0 tensors",
-                "tokens": "27: 3×3×3 if the crop was a cube (the file does not tell it)",
+                "tokens": "27: 3×3×3 if the crop was a cube (not stored in the file)",
             },
         ),
         (
@@ -581,7 +581,7 @@ def test_inspect_says_what_a_file_holds(model, capsys):
                 "looks like": "a masked autoencoder (MaskedAutoEncoderViT) with 4 input channel(s) and 24 features",
                 "names": "lack `vit.`",
                 "encoder": "161 tensors",
-                "tokens": "12: the crop was no cube (the file does not tell it)",
+                "tokens": "12: the crop was no cube (not stored in the file)",
                 "other": "1 of cls_token, 1 of mask_tokens, 1 of decoder_pos_embedding, 2 of decoder_embed, "
                 "4 of decoder_blocks.0.mlp, …",
             },
@@ -625,18 +625,18 @@ def test_inspect_prints_the_table_of_a_bundle(model, bundle, capsys):
     inspect(model, into=str(bundle))
     found = {name: text.strip() for name, text in rows(capsys).items()}
     assert found["conv_0"] == "7 loaded, 1 adapted (1 → 4 input channels: repeated, divided by 4)"
-    assert found["upcat_4"] == "10 left out (the decoder was not asked for)"
+    assert found["upcat_4"] == "10 left out (the decoder was not requested)"
     assert found["total"] == "encoder 40 of 40, decoder 0 of 40, output 0 of 2 tensors filled"
     report = load_pretrained(unet(4, 3), model).report
     assert {name: found[name] for name, _ in report.lines()} == dict(report.lines())
     inspect(model, config_file=[str(bundle / "configs/train.yaml"), str(bundle / "configs/small.yaml")])
     found = {name: text.strip() for name, text in rows(capsys).items()}
     assert found["upcat_1"] == "10 loaded"
-    assert found["rescaled"] == "18 convolutions, to the norm of fresh ones"
+    assert found["rescaled"] == "18 convolutions, to their initial norm"
 
 
 def test_inspect_shows_the_table_of_a_file_that_does_not_fit(model, bundle, capsys):
-    with pytest.raises(WeightsError, match="of the 40 tensors asked for"):
+    with pytest.raises(WeightsError, match="of the 40 requested tensors"):
         inspect(model, config_file=[str(bundle / "configs/train.yaml"), str(bundle / "configs/wide.yaml")])
     assert "8 left out (shape [4, 1, 3, 3, 3] in the file, [8, 4, 3, 3, 3] in" in rows(capsys)["conv_0"]
 
