@@ -76,6 +76,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def quiet():
+    """Undoes what a workflow's `initialize` changes in this process."""
+    hook, state = sys.excepthook, torch.get_rng_state()
+    yield
+    sys.excepthook = hook
+    torch.set_rng_state(state)
+
+
 @pytest.fixture(scope="session")
 def command():
     """Runs a command in a process of its own: `command("-m", "monai.bundle", …)`, options as keywords."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from monai.networks.nets import BasicUNet
 from monai.transforms import Compose
 from phantom import BODY, SPACING, make_phantom, save_in, without_figures
 from scipy import ndimage
+from whole_runs import expected_rate, same
 
 from scripts.backbones import UNetBackbone, whole
 from scripts.masking import Geometry, RandPatchMaskd
@@ -132,15 +130,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def quiet():
-    """What a workflow's `initialize` changes in this process."""
-    hook, state = sys.excepthook, torch.get_rng_state()
-    yield
-    sys.excepthook = hook
-    torch.set_rng_state(state)
-
-
 def training(folder, scans, **overrides):
     return create_workflow(
         config_file=[str(ROOT / name) for name in config_files(["train"])],
@@ -200,13 +189,6 @@ def run(ct_scans, quiet, tmp_path_factory):
                 parameter.fill_(9.0)
 
     return folder, flow, *watched(flow)
-
-
-def expected_rate(step, warmup, total):
-    """Linear from a hundredth to the whole, then half a cosine to 0."""
-    if step < warmup:
-        return 0.01 + 0.99 * step / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing(run):
@@ -300,10 +282,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, ct_scans, qui
     before, after = (read_metrics(f / "out/metrics.csv") for f in (folder, tmp_path))
     assert before[:3] == after[:3]  # the fourth began with a network that had forgotten
     a, b = (torch.load(f / "models/checkpoint_epoch=3.pt", weights_only=True) for f in (folder, tmp_path))
-    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    moments = [list(state["optimizer"]["state"].values()) for state in (a, b)]
-    assert all(torch.equal(x["exp_avg"], y["exp_avg"]) for x, y in zip(*moments, strict=True))
-    assert a["best"] == b["best"]
+    assert all(same(a[part], b[part]) for part in ("model", "optimizer", "best"))
 
 
 # --------------------------------------------------------------------------------------------------- the methods

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from whole_runs import same
 
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
@@ -50,17 +51,6 @@ def kill_after_epoch(epoch, scans, folder, workers):
     finally:
         process.kill()
         process.wait()
-
-
-def same(first, second):
-    """Whether two contents of checkpoints are equal to the last bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -7,8 +7,6 @@ Every bundle's own config is read; the numbers that are published (windows, spac
 from __future__ import annotations
 
 import json
-import math
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +17,7 @@ from monai.bundle import create_workflow
 from monai.data import MetaTensor
 from phantom import BODY, SHAPE, SPACING, make_phantom, save_in, without_figures
 from scipy import ndimage
+from whole_runs import expected_rate, same
 
 from tools.common.tables import read_metrics
 from tools.weights.transfer import is_encoder
@@ -493,15 +492,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def quiet():
-    """What a workflow's `initialize` changes in this process."""
-    hook, state = sys.excepthook, torch.get_rng_state()
-    yield
-    sys.excepthook = hook
-    torch.set_rng_state(state)
-
-
 def training(folder, data, **overrides):
     return create_workflow(
         config_file=[str(ROOT / file) for file in config_files("hippocampus", ["train"])],
@@ -555,13 +545,6 @@ def run(samples, quiet, tmp_path_factory):
 
     steps, validated = watched(flow)
     return folder, flow, steps, validated
-
-
-def expected_rate(step, warmup, total):
-    """Linear from a hundredth to the whole, then half a cosine to 0."""
-    if step < warmup:
-        return 0.01 + 0.99 * step / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing(run):
@@ -658,17 +641,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, samples, quie
     assert before[:3] == after[:3]  # the fourth epoch began with a network that had forgotten
     for part in ("model", "optimizer"):
         a, b = (torch.load(f / "models/checkpoint_epoch=3.pt", weights_only=True)[part] for f in (folder, tmp_path))
-        assert _same(a, b), part
+        assert same(a, b), part
     best = max(float(row["val_mean_dice"]) for row in after)
     last = torch.load(tmp_path / "models/checkpoint_epoch=4.pt", weights_only=True)
     assert last["best"]["best"] == pytest.approx(best, rel=1e-4)
-
-
-def _same(first, second):
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
-    return first == second

@@ -6,6 +6,7 @@ only in some bundles. `bundle_facts/NAME.yaml` has the facts of a bundle.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import cache
@@ -58,7 +59,7 @@ def bundle_files(facts: Path) -> dict[str, str]:
     Raises:
         ValueError: a fact is missing or wrong.
     """
-    template, known = _template(), yaml.safe_load(facts.read_text(encoding="utf-8"))
+    template, known = _template(), yaml.safe_load(facts.read_text(encoding="utf-8")) or {}
     written = {}
     try:
         known = {"name": facts.stem, **known, **_derived(known)}
@@ -66,6 +67,12 @@ def bundle_files(facts: Path) -> dict[str, str]:
             if not name.startswith(PARTS):
                 text = template.get_template(name).render(known)
                 written[name] = COLUMN.sub(lambda line: f"{line[1]:<{int(line[2]) - 1}} ", text)
+        json.loads(written["configs/metadata.json"])
+    except json.JSONDecodeError as error:
+        line = written["configs/metadata.json"].splitlines()[error.lineno - 1].strip()
+        raise ValueError(
+            f'{facts}: metadata.json would be no JSON ({error.msg}), expected no " or \\ in: {line}'
+        ) from error
     except KeyError as error:
         raise ValueError(f"{facts}: {error} is missing") from error
     except (UndefinedError, ValueError) as error:

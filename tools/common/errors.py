@@ -41,4 +41,5 @@ def is_named(error: BaseException) -> bool:
     if not frames or not isinstance(error, ValueError | OSError | FloatingPointError):
         return False
     raised_in = Path(frames[-1].filename).resolve()
-    return raised_in.is_relative_to(TOOLS) or raised_in.parent.name == "scripts"
+    of_a_bundle = raised_in.parent.name == "scripts" and (raised_in.parents[1] / "configs/metadata.json").is_file()
+    return raised_in.is_relative_to(TOOLS) or of_a_bundle

@@ -21,6 +21,60 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class TrainingScans:
+    """The scans of a run, as items for a data set."""
+
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    left_out: list[Scan] = field(default_factory=list)  # unreadable, with the reason
+
+
+def find_training_scans(
+    dataset_dir: str,
+    datalist: str | None,
+    channels: int,
+    val_fraction: float,
+    seed: int,
+    skip_unreadable: bool,
+    workers: int,
+    remember: str,
+) -> TrainingScans:
+    """Find the scans of a folder or of a data list, split into training and validation; the same on all ranks.
+
+    Args:
+        dataset_dir: folder that is searched, or base folder of the paths in the data list.
+        datalist: JSON file with `training` and optionally `validation`, or None.
+        channels: number of channels that each scan must have.
+        val_fraction: fraction of the scans for validation; not used if the data list has `validation`.
+        seed: random seed of the split.
+        skip_unreadable: whether to read all scans now and exclude unusable ones.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
+
+    Raises:
+        ScanError: there is no scan, the list is not readable, or the split is impossible.
+    """
+    training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir)
+    validation = read_datalist(datalist, dataset_dir, "validation") if datalist else []
+    left_out: list[Scan] = []
+    if parse_bool(skip_unreadable):
+        training, bad = _usable(training, channels, workers, remember)
+        validation, bad_validation = _usable(validation, channels, workers, remember)
+        left_out = bad + bad_validation
+    if not validation:
+        training, validation = split_scans(training, val_fraction, seed)
+    return TrainingScans(training, validation, left_out)
+
+
+def _usable(
+    items: list[dict[str, Any]], channels: int, workers: int, remember: str
+) -> tuple[list[dict[str, Any]], list[Scan]]:
+    scans = _inspect(items, channels, workers, remember)
+    usable = [item for item, scan in zip(items, scans, strict=True) if scan.problem is None]
+    return usable, [scan for scan in scans if scan.problem is not None]
+
+
+@dataclass(frozen=True)
 class TrainingCases:
     """The cases of a run, as items for a data set."""
 
@@ -107,83 +161,6 @@ def _warn_of_overlap(training: list[Case], others: list[Case]) -> None:
         logger.warning("%d cases are used for both training and evaluation (first: %s)", len(both), both[0])
 
 
-def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Rows of the start table with the file, or the volume of a 4D file, of each channel, to check their order."""
-    if not modalities:
-        return []
-    paths = paths_of(case)
-    if len(paths) == len(modalities):
-        return [("channels", ", ".join(f"{n} {path}" for n, path in zip(modalities, paths, strict=True)))]
-    return [("channels", f"{', '.join(modalities)}: the volumes of {paths[0]} must be in this order")]
-
-
-def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
-    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
-
-    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
-    anywhere, it is the deepest folder that contains all `test` scans.
-    """
-    if datalist:
-        return root_of(datalist_items(datalist, dataset_dir, "test"))
-    folder = Path(dataset_dir)
-    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
-    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."
-
-
-@dataclass(frozen=True)
-class TrainingScans:
-    """The scans of a run, as items for a data set."""
-
-    training: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    left_out: list[Scan] = field(default_factory=list)  # unreadable, with the reason
-
-
-def find_training_scans(
-    dataset_dir: str,
-    datalist: str | None,
-    channels: int,
-    val_fraction: float,
-    seed: int,
-    skip_unreadable: bool,
-    workers: int,
-    remember: str,
-) -> TrainingScans:
-    """Find the scans of a folder or of a data list, split into training and validation; the same on all ranks.
-
-    Args:
-        dataset_dir: folder that is searched, or base folder of the paths in the data list.
-        datalist: JSON file with `training` and optionally `validation`, or None.
-        channels: number of channels that each scan must have.
-        val_fraction: fraction of the scans for validation; not used if the data list has `validation`.
-        seed: random seed of the split.
-        skip_unreadable: whether to read all scans now and exclude unusable ones.
-        workers: number of processes that read scans.
-        remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
-
-    Raises:
-        ScanError: there is no scan, the list is not readable, or the split is impossible.
-    """
-    training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir)
-    validation = read_datalist(datalist, dataset_dir, "validation") if datalist else []
-    left_out: list[Scan] = []
-    if parse_bool(skip_unreadable):
-        training, bad = _usable(training, channels, workers, remember)
-        validation, bad_validation = _usable(validation, channels, workers, remember)
-        left_out = bad + bad_validation
-    if not validation:
-        training, validation = split_scans(training, val_fraction, seed)
-    return TrainingScans(training, validation, left_out)
-
-
-def _usable(
-    items: list[dict[str, Any]], channels: int, workers: int, remember: str
-) -> tuple[list[dict[str, Any]], list[Scan]]:
-    scans = _inspect(items, channels, workers, remember)
-    usable = [item for item, scan in zip(items, scans, strict=True) if scan.problem is None]
-    return usable, [scan for scan in scans if scan.problem is not None]
-
-
 def _inspect(
     items: Sequence[dict[str, Any]],
     channels: int,
@@ -230,3 +207,26 @@ def require_usable(
         )
         raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n{way_out}")
     return scans
+
+
+def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Rows of the start table with the file, or the volume of a 4D file, of each channel, to check their order."""
+    if not modalities:
+        return []
+    paths = paths_of(case)
+    if len(paths) == len(modalities):
+        return [("channels", ", ".join(f"{n} {path}" for n, path in zip(modalities, paths, strict=True)))]
+    return [("channels", f"{', '.join(modalities)}: the volumes of {paths[0]} must be in this order")]
+
+
+def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
+    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
+
+    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
+    anywhere, it is the deepest folder that contains all `test` scans.
+    """
+    if datalist:
+        return root_of(datalist_items(datalist, dataset_dir, "test"))
+    folder = Path(dataset_dir)
+    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
+    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."

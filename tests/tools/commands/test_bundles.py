@@ -73,6 +73,19 @@ def test_a_word_that_the_template_does_not_know_is_named(tmp_path, wrong, expect
         bundle_files(file)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [(None, "'intensity' is missing"), ({"data_source": 'a "CT" set'}, r'no JSON .*a "CT" set')],
+    ids=["empty", "quotes"],
+)
+def test_facts_that_give_no_bundle_are_named(tmp_path, changes, words):
+    facts = yaml.safe_load((FACTS / "btcv.yaml").read_text(encoding="utf-8"))
+    file = tmp_path / "kidney.yaml"
+    file.write_text("" if changes is None else yaml.safe_dump({**facts, **changes}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"kidney.yaml: .*{words}"):
+        bundle_files(file)
+
+
 def test_the_template_is_yaml_that_looks_like_a_config():
     """Its YAML files can be read as they are: conditions are comments, placeholders are plain words."""
     for path in TEMPLATE.rglob("*.yaml"):
