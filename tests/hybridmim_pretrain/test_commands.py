@@ -60,6 +60,8 @@ def test_training_says_what_it_does(trained):
     assert "4 for training, 2 for validation" in printed
     assert "32×32×32, 2 in a batch of each of 1 process(es)" in printed
     assert "new, at random" in printed
+    written = (f"models/{name}.pt" for name in ("model", "backbone"))
+    assert "\n  ".join(["written:", *(str(trained[0] / name) for name in written)]) in printed
     for epoch in range(1, EPOCHS + 1):
         assert f"validation, epoch {epoch}: loss " in printed
     assert f"epoch {EPOCHS}/{EPOCHS}: 100%" in trained[1].stderr  # the progress bar

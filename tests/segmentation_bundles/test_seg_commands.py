@@ -96,9 +96,10 @@ def trained(run_bundle, samples, tmp_path_factory):
 
 
 def test_the_start_table_says_what_will_be_done(trained):
-    _, said = trained
+    folder, said = trained
     assert "4 for training, 1 for validation" in said
-    assert "anterior 1, posterior 2" in said
+    assert "all training cases; anterior 1, posterior 2" in said
+    assert f"written:\n  {places(folder)['ckpt_dir']}/model.pt\n" in said
     assert "BasicUNet" in said and "no file given" in said
     assert "validation, epoch 4: mean_dice" in said and "dice_posterior" in said
 

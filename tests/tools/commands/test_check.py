@@ -234,6 +234,7 @@ def test_a_bundle_and_a_datalist(cases, tmp_path, capsys):
         f"{cases}/imagesTr/c.nii.gz: its label {cases}/labelsTr/no.nii.gz does not exist",
         "scans      3 readable, 2 unreadable",
     ]
+    assert [line for line in lines if line.startswith("labels")] == ["labels     2 checked, values 0, 1, 2"]
     check(str(cases), str(path), output=str(tmp_path / "good.json"), bundle=settings, workers=0)
     good = json.loads((tmp_path / "good.json").read_text())
     assert (good["training"], good["validation"], good["test"]) == (entries[:1], entries[2:], ["imagesTr/b.nii.gz"])

@@ -194,7 +194,7 @@ def test_segmentations_that_do_not_fit(tmp_path):
     assert not (tmp_path / "f.png").exists()
 
 
-def test_curves_with_gaps(tmp_path):
+def test_curves_with_gaps(tmp_path, capsys):
     rows = [
         "1,1.0,0.5,,,,,,,,,\n",
         "2,0.9,0.4,0.95,0.45,0.04,0.05,0.3,0.2,0.6,0.2,0.03\n",
@@ -205,6 +205,7 @@ def test_curves_with_gaps(tmp_path):
     picture = Image.open(tmp_path / "new" / "curves.png")
     assert picture.width == 1100
     assert (tmp_path / "new" / "curves.png").stat().st_size < 400_000
+    assert f"curves of 3 epochs written to {tmp_path / 'new/curves.png'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
