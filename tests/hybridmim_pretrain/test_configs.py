@@ -16,8 +16,8 @@ from monai.networks.nets import BasicUNet, SwinUNETR
 from monai.transforms import ScaleIntensityRanged, ScaleIntensityRangePercentilesd
 
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone
+from tools.common import mixed_precision
 from tools.common.tables import read_metrics
-from tools.training.mixed_precision import amp_dtype
 
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, two_and_one
 
@@ -207,10 +207,16 @@ def test_a_device_may_be_given_as_text(parse, ct_scans):
     assert parser.get_parsed_content("validate#evaluator").state.device == torch.device("cpu")
 
 
-def test_inference_and_training_use_the_same_16_bit_type(parse, ct_scans):
+@pytest.mark.parametrize("amp", ["auto", "off"])
+def test_inference_and_training_use_the_same_type(parse, ct_scans, amp, monkeypatch):
     """Weights that were trained in bfloat16 may be beyond the range of float16."""
-    parser = parse(["inference", "small"], dataset_dir=str(ct_scans), **TINY_INFERENCE)
-    assert parser.get_parsed_content("evaluator").amp_kwargs == {"dtype": amp_dtype()}
+    monkeypatch.setattr(mixed_precision, "has_bfloat16", lambda device: True)
+    options = {"dataset_dir": str(ct_scans), "amp": amp, "device": "cpu"}
+    inference = parse(["inference", "small"], **options, **TINY_INFERENCE).get_parsed_content("inferer")
+    training = parse(["train", "small"], **options, **TINY)
+    used = [inference, *(training.get_parsed_content(f"{part}#inferer") for part in ("train", "validate"))]
+    found = {(inferer.autocast._enabled, inferer.autocast.fast_dtype) for inferer in used}
+    assert found == {(True, torch.bfloat16) if amp == "auto" else (False, torch.float32)}
 
 
 def test_swin_unetr_takes_a_step(workflow, tmp_path, mr_scans):

@@ -1,8 +1,16 @@
-"""Checks the sizes of crops and sliding windows."""
+"""Sliding windows, and the sizes that networks accept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from monai.inferers import SlidingWindowInfererAdapt
+from torch import Tensor
+
+from tools.common.mixed_precision import autocast
 
 
 def require_roi(roi_size: Sequence[int], stride: int) -> None:
@@ -21,3 +29,33 @@ def require_roi(roi_size: Sequence[int], stride: int) -> None:
             f"roi_size: found {list(roi_size)}, expected multiples of {stride} voxels, {2 * stride} at least "
             "(UNet and UNETR 16 and 32, SwinUNETR 32 and 64)"
         )
+
+
+class SlidingWindow(SlidingWindowInfererAdapt):
+    """MONAI's sliding window, which stitches on the CPU if GPU memory runs out, with mixed precision and flips.
+
+    Args:
+        amp: precision of the network, as in `amp_dtype`.
+        device: the network's.
+        flip_axes: axes of the volume, 0 to 2; the network's output (logits) is averaged over all flips along them,
+            which takes 2ⁿ passes for n axes.
+        kwargs: arguments of `SlidingWindowInfererAdapt`.
+    """
+
+    def __init__(
+        self, amp: str | bool, device: str | torch.device, flip_axes: Sequence[int] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.autocast = autocast(amp, device)
+        axes = [2 + axis for axis in flip_axes]
+        self.flips = [dims for n in range(len(axes) + 1) for dims in combinations(axes, n)]
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """[B, C, H, W, D] → [B, K, H, W, D]."""
+
+        def mean_over_flips(window: Tensor) -> Tensor:
+            with self.autocast:
+                outputs = [network(window.flip(dims)).flip(dims) for dims in self.flips]
+            return sum(outputs) / len(outputs)
+
+        return super().__call__(inputs, mean_over_flips, *args, **kwargs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, write_rows
 from tools.weights.checkpoints import newest_checkpoint
 
-Terms = Callable[[Any], Mapping[str, Tensor]]
+WAIT = 0.5  # seconds between two looks at a value that is still on the device
 
 
 def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -56,17 +57,22 @@ class ProgressBar:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_and_raise)
         self.validator.add_event_handler(Events.COMPLETED, self._print_validation)
         self.bar: tqdm | None = None
+        self.read = -math.inf
 
     def _open(self, engine: Engine) -> None:
         state = engine.state
         if self.bar is None:
             total = state.max_epochs * state.epoch_length
-            self.bar = tqdm(total=total, initial=state.iteration, unit="step", dynamic_ncols=True, mininterval=0.5)
+            self.bar = tqdm(total=total, initial=state.iteration, unit="step", dynamic_ncols=True, mininterval=WAIT)
         self.bar.set_description(f"epoch {state.epoch}/{state.max_epochs}", refresh=False)
 
     def _advance(self, engine: Engine) -> None:
-        terms = loss_terms(engine.state.output).items()
-        self.bar.set_postfix({name: f"{float(value):.4f}" for name, value in terms}, refresh=False)
+        state, now = engine.state, time.monotonic()
+        last = state.iteration == state.max_epochs * state.epoch_length
+        if now - self.read >= WAIT or last:  # reading a value waits for the GPU
+            self.read = now
+            terms = loss_terms(state.output).items()
+            self.bar.set_postfix({name: f"{float(value):.4f}" for name, value in terms}, refresh=False)
         self.bar.update()
 
     def _close(self) -> None:
@@ -285,7 +291,10 @@ class GradientClipping:
 
 
 class StopOnBadLoss:
-    """Stops the run when the loss is not finite, before the weights are updated.
+    """Stops the run when the loss is not finite: on CPUs before the weights are updated; on GPUs within half a second.
+
+    A GPU computes later than Python runs, and reading a loss waits for it. So the losses of a GPU are checked together,
+    twice a second and at the end of each epoch, before anything is saved.
 
     Args:
         ckpt_dir: folder of the training checkpoints, for the error message.
@@ -297,21 +306,34 @@ class StopOnBadLoss:
 
     def __init__(self, ckpt_dir: str | Path) -> None:
         self.ckpt_dir = Path(ckpt_dir)
+        self._unchecked: list[tuple[int, int, list[str], dict[str, Tensor]]] = []
+        self._checked = -math.inf
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the trainer."""
+        """Attach to the trainer, before handlers that validate or save."""
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
 
     def __call__(self, engine: Engine) -> None:
-        """Check the loss of this step."""
-        terms = loss_terms(engine.state.output)
-        if torch.isfinite(terms["loss"]):
+        """Note the loss of this step, and check those that were noted if it is time."""
+        terms, state = loss_terms(engine.state.output), engine.state
+        self._unchecked.append((state.iteration, state.epoch, list(state.batch["file"]), terms))
+        if terms["loss"].is_cpu or time.monotonic() - self._checked >= WAIT:
+            self._check()
+
+    def _check(self) -> None:
+        noted, self._unchecked = self._unchecked, []
+        self._checked = time.monotonic()
+        if not noted:
             return
+        finite = torch.stack([terms["loss"].isfinite() for *_, terms in noted]).tolist()
+        if all(finite):
+            return
+        step, epoch, files, terms = noted[finite.index(False)]
         found = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        files = sorted(set(engine.state.batch["file"]))
         last = newest_checkpoint(self.ckpt_dir)
         raise FloatingPointError(
-            f"the loss is not finite at step {engine.state.iteration} (epoch {engine.state.epoch}): {found}; "
-            f"batch: {', '.join(files)}; "
+            f"the loss is not finite at step {step} (epoch {epoch}): {found}; "
+            f"batch: {', '.join(sorted(set(files)))}; "
             + (f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet")
         )

@@ -11,7 +11,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from tools.training.mixed_precision import amp_dtype, use_amp
+from tools.common.mixed_precision import needs_scaler
 
 
 def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,8 +22,7 @@ def predict(engine: SupervisedTrainer | SupervisedEvaluator, batch: Mapping[str,
         else None
         for key in ("image", "mask")
     )
-    with torch.autocast(engine.state.device.type, enabled=engine.amp, dtype=amp_dtype()):
-        prediction = engine.inferer(image, engine.network, mask)
+    prediction = engine.inferer(image, engine.network, mask)
     losses: dict[str, Tensor] = engine.loss_function(prediction, image, mask)
     return {"image": image, "mask": mask, "pred": prediction, **losses}
 
@@ -32,15 +31,14 @@ class PretrainTrainer(SupervisedTrainer):
     """`SupervisedTrainer` whose loss function takes (prediction, image, mask) and returns `loss` and its terms.
 
     `state.output` is a list with one dictionary for the whole batch: `image`, `mask`, `pred`, `loss` and the
-    terms. Mixed precision is used on GPUs only.
+    terms. The inferer chooses the precision; `amp` is its choice, because gradients in float16 must be scaled.
     """
 
-    def __init__(self, device: str | torch.device, *args: Any, amp: bool = False, **kwargs: Any) -> None:
+    def __init__(self, device: str | torch.device, *args: Any, amp: str | bool, **kwargs: Any) -> None:
         device = torch.device(device)
-        amp = use_amp(amp, device)
-        super().__init__(device, *args, amp=amp, decollate=False, optim_set_to_none=True, **kwargs)
+        super().__init__(device, *args, decollate=False, optim_set_to_none=True, **kwargs)
         # MONAI creates a new scaler in every `run`, which could not be restored before training
-        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=amp and amp_dtype() == torch.float16)
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=needs_scaler(amp, device))
 
     def _iteration(self, engine: PretrainTrainer, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:
         engine.network.train()
@@ -70,11 +68,8 @@ class PretrainTrainer(SupervisedTrainer):
 class PretrainEvaluator(SupervisedEvaluator):
     """`SupervisedEvaluator` that also computes the training loss; same output as `PretrainTrainer`."""
 
-    def __init__(
-        self, device: str | torch.device, *args: Any, loss_function: Any, amp: bool = False, **kwargs: Any
-    ) -> None:
-        device = torch.device(device)
-        super().__init__(device, *args, amp=use_amp(amp, device), decollate=False, **kwargs)
+    def __init__(self, device: str | torch.device, *args: Any, loss_function: Any, **kwargs: Any) -> None:
+        super().__init__(torch.device(device), *args, decollate=False, **kwargs)
         self.loss_function = loss_function
 
     def _iteration(self, engine: PretrainEvaluator, batchdata: Mapping[str, Any]) -> list[dict[str, Any]]:

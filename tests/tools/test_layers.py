@@ -1,0 +1,121 @@
+"""Accelerated networks are the same networks: parameters, output, gradients."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
+from torch import nn
+
+from tools import layers
+from tools.layers import MEANS, FastConv3d, FastDropout, accelerate, weight_gradient
+
+NETWORKS = {
+    "unet": (lambda: BasicUNet(3, 1, 2, (4, 4, 4, 8, 8, 4)), (48, 32, 32)),
+    "swin_unetr": (lambda: SwinUNETR(1, 2, depths=(2, 1, 1, 1), feature_size=12, window_size=3), (64, 64, 64)),
+    "unetr": (lambda: UNETR(1, 2, (32, 32, 32), hidden_size=48, mlp_dim=96, num_heads=4), (32, 32, 32)),
+}
+
+
+def output_and_gradients(network, image):
+    """In 64 bit, where an error of rounding cannot be mistaken for another."""
+    torch.manual_seed(0)
+    out = network(image)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return out.detach(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=NETWORKS)
+def plain(request):
+    make, size = NETWORKS[request.param]
+    torch.manual_seed(0)
+    network = make().double()
+    for p in network.parameters():  # MONAI starts biases and the like at 0, where a mistake is not seen
+        nn.init.normal_(p, std=0.1)
+    return network, torch.rand(1, 1, *size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_parameters_output_and_gradients(plain, checkpointing, monkeypatch):
+    monkeypatch.setattr(FastConv3d, "slow_gradient", True)
+    network, image = plain
+    fast = accelerate(deepcopy(network), checkpointing)
+    assert {type(m) for m in fast.modules()} != {type(m) for m in network.modules()}
+    assert list(fast.state_dict()) == list(network.state_dict())
+    expected, gradients = output_and_gradients(network, image)
+    found, fast_gradients = output_and_gradients(fast, image)
+    torch.testing.assert_close(found, expected)
+    assert fast_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (fast_gradients[name] - gradient).norm() <= 1e-5 * max(1.0, gradient.norm()), name
+    with torch.no_grad():
+        torch.testing.assert_close(fast.eval()(image), network.eval()(image))
+
+
+@pytest.mark.parametrize("size", [(5, 6, 7), (1, 2, 3)])
+def test_the_weight_gradient_is_that_of_the_convolution(size):
+    torch.manual_seed(0)
+    image, gradient = torch.randn(2, 3, *size, dtype=torch.float64), torch.randn(2, 4, *size, dtype=torch.float64)
+    weight = torch.randn(4, 3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    F.conv3d(image, weight, padding=1).backward(gradient)
+    torch.testing.assert_close(weight_gradient(image, gradient, block=16), weight.grad)
+
+
+def test_convolutions_use_it_in_32_bit(monkeypatch):
+    monkeypatch.setattr(FastConv3d, "slow_gradient", True)
+    used = []
+    monkeypatch.setattr(layers, "weight_gradient", lambda *args: used.append(1) or weight_gradient(*args))
+    torch.manual_seed(0)
+    plain = nn.Conv3d(16, 5, 3, padding=1)
+    fast = accelerate(deepcopy(plain))
+    image = torch.randn(2, 16, 6, 5, 7, requires_grad=True)
+    found, expected = [], []
+    for layer, values in ((plain, expected), (fast, found)):
+        out = layer(image)
+        values += [out, *torch.autograd.grad(out.square().sum(), [image, layer.weight, layer.bias])]
+    assert used == [1]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_the_attention_of_all_windows_is_never_kept():
+    """Of 64 windows with 125 tokens and 3 heads, it would be 64 × 3 × 125² numbers."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    attention = accelerate(SwinUNETR(1, 1, feature_size=12)).swinViT.layers1[0].blocks[0].attn
+    windows = torch.rand(64, 125, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention(windows, None)
+    assert max(sizes) < 64 * 3 * 125**2 / 5
+
+
+def test_dropout_drops_as_often_as_asked_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer = accelerate(nn.Dropout(0.1)).train()
+    assert type(layer) is FastDropout
+    image = torch.ones(1_000_003, requires_grad=True)
+    out = layer(image)
+    kept = out > 0
+    assert abs(1 - kept.float().mean().item() - 0.1) < 0.001
+    assert abs(out.mean().item() - 1) < 0.002
+    assert (kept[1:] & kept[:-1]).float().mean().item() == pytest.approx(0.81, abs=0.002)  # neighbours: independent
+    out.sum().backward()
+    assert torch.equal(image.grad, out.detach())
+    assert not torch.equal(layer(image), out)
+    assert torch.equal(layer.eval()(image), image)
+
+
+def test_a_part_of_the_means_changes_a_part_of_the_layers():
+    network = BasicUNet(3, 1, 1, (4, 4, 4, 4, 4, 4))
+    assert type(accelerate(deepcopy(network), means=[])) is BasicUNet
+    kinds = {type(m).__name__ for m in accelerate(network, means=["norm"]).modules()}
+    assert "FastInstanceNorm3d" in kinds
+    assert not kinds & {"FastConv3d", "FastDropout", "FastConvTranspose3d", "FastUpCat"}
+    assert set(MEANS) == set(layers._LAYERS)

@@ -1,0 +1,244 @@
+"""Layers of MONAI's networks, computed in less time and memory: the same parameters, the same numbers up to rounding.
+
+`accelerate` gives the layers of a network faster `forward`s. The state dict does not change, so weights load into plain
+MONAI networks and back. What is faster, and by how much, is measured by `python -m benchmarks.pretrain_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks.dynunet_block import UnetResBlock
+from monai.networks.nets.basic_unet import TwoConv, UpCat
+from monai.networks.nets.swin_unetr import SwinTransformerBlock, WindowAttention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MEANS = ("norm", "deconvolution", "weight_gradient", "dropout", "attention", "padding")
+SCORES = {"cpu": 2**19, "cuda": 2**28}  # attention scores at a time: as many as stay in the cache; 1 GB
+
+
+def accelerate(network: nn.Module, checkpointing: bool = False, means: Collection[str] = MEANS) -> nn.Module:
+    """Give the layers of a network faster `forward`s, in place, and return it.
+
+    Args:
+        network: any network; layers of other kinds stay as they are.
+        checkpointing: whether to compute the features inside blocks again in the backward pass, not to keep them.
+        means: which layers to change, of `MEANS`.
+    """
+    layers = [_LAYERS[name] for name in means] + _BLOCKS * checkpointing
+    for module in network.modules():
+        for old, new in layers:
+            if type(module) is old:
+                module.__class__ = new
+    return network
+
+
+class FastInstanceNorm3d(nn.InstanceNorm3d):
+    """Instance norm as a group norm of one channel per group, which PyTorch computes in half the time on CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W, D] → same shape."""
+        if not input.is_cpu or self.track_running_stats:  # on GPUs, autocast would compute a group norm in 32 bit
+            return super().forward(input)
+        return F.group_norm(input, input.shape[1], self.weight, self.bias, self.eps)
+
+
+class FastConvTranspose3d(nn.ConvTranspose3d):
+    """Transposed convolution whose windows do not overlap, as one matrix product, on CPUs."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[B, C, H, W, D] → [B, F, 2H, 2W, 2D] (for a kernel of 2)."""
+        disjoint = self.kernel_size == self.stride and self.groups == 1 and self.dilation == (1, 1, 1)
+        if not (input.is_cpu and disjoint and not any(self.padding) and not any(self.output_padding)):
+            return super().forward(input, output_size)
+        b, _, *size = input.shape
+        k, f = self.kernel_size, self.out_channels
+        windows = (self.weight.flatten(1).T @ input.flatten(2)).view(b, f, *k, *size)
+        out = windows.permute(0, 1, 5, 2, 6, 3, 7, 4)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype).view(-1, *[1] * 6)
+        return out.reshape(b, f, *(s * n for s, n in zip(size, k, strict=True)))
+
+
+class FastDropout(nn.Dropout):
+    """Dropout from 16 random bits per element, on CPUs; the probability is rounded to a multiple of 2⁻¹⁶."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape → same shape."""
+        if not (input.is_cpu and self.training and 0 < self.p < 1):
+            return super().forward(input)
+        dropped, count = round(self.p * 2**16), input.numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = (bits[:count] >= dropped - 2**15).view(input.shape)
+        return input * kept * (2**16 / (2**16 - dropped))
+
+
+class FastConv3d(nn.Conv3d):
+    """Convolution whose weight gradient is a sum of matrix products, where PyTorch has no kernel of its own for it.
+
+    That is on x86 CPUs without AVX-512, in 32 bit, for kernels of 3 with a stride and a padding of 1.
+    """
+
+    slow_gradient = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W, D] → [B, F, H, W, D] (for a padding of 1)."""
+        same = (self.kernel_size, self.stride, self.padding, self.dilation) == ((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3)
+        plain = same and self.groups == 1 and self.padding_mode == "zeros" and self.in_channels >= 16
+        single = input.is_cpu and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if self.slow_gradient and plain and single and torch.is_grad_enabled() and self.weight.requires_grad:
+            return _Convolution.apply(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class _Convolution(torch.autograd.Function):
+    """3×3×3 convolution with stride 1 and padding 1."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(image, weight)
+        return F.conv3d(image, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        image, weight = ctx.saved_tensors
+        by_image, by_weight, by_bias = ctx.needs_input_grad
+        first = last = None
+        if by_image:
+            first = torch.nn.grad.conv3d_input(image.shape, weight, gradient, padding=1)
+        if by_bias:
+            last = gradient.sum((0, 2, 3, 4))
+        return first, weight_gradient(image, gradient) if by_weight else None, last
+
+
+def weight_gradient(image: Tensor, gradient: Tensor, block: int = 4096) -> Tensor:
+    """Gradient [F, C, 3, 3, 3] of a convolution's weight, from its input [B, C, …] and its output's gradient [B, F, …].
+
+    In volumes that were padded and flattened, a shift by a voxel is an offset. So the gradient of each of the 27
+    weights is the product of the output's gradient and the input at an offset; a block of voxels stays in the cache
+    for all 27.
+    """
+    h, w, d = image.shape[2:]
+    volume, row = (w + 2) * (d + 2), d + 2
+    offsets = [x * volume + y * row + z for x in range(3) for y in range(3) for z in range(3)]
+    voxels = (h - 1) * volume + (w - 1) * row + d
+    products = image.new_zeros(27, gradient.shape[1], image.shape[1])
+    for inputs, outputs in zip(image, gradient, strict=True):
+        inputs = F.pad(inputs, (1,) * 6).flatten(1)
+        outputs = F.pad(outputs, (0, 2) * 3).flatten(1)
+        for start in range(0, voxels, block):
+            stop = min(start + block, voxels)
+            for product, offset in zip(products, offsets, strict=True):
+                product.addmm_(outputs[:, start:stop], inputs[:, start + offset : stop + offset].T)
+    return products.permute(1, 2, 0).reshape(gradient.shape[1], image.shape[1], 3, 3, 3)
+
+
+class FastUpCat(UpCat):
+    """UNet's upsampling, without a copy of the features where nothing has to be padded."""
+
+    def forward(self, x: Tensor, x_e: Tensor | None) -> Tensor:
+        """Features [B, F, H, W, D], and those of the encoder [B, E, 2H, 2W, 2D] → [B, O, 2H, 2W, 2D]."""
+        if x_e is None or any(2 * s != e for s, e in zip(x.shape[2:], x_e.shape[2:], strict=True)):
+            return super().forward(x, x_e)
+        return self.convs(torch.cat([x_e, self.upsample(x)], dim=1))
+
+
+class FastWindowAttention(WindowAttention):
+    """Swin's window attention, a few windows at a time; the backward pass computes the attention again.
+
+    So the attention of all windows, which is most of SwinUNETR's memory, never exists (as in FlashAttention, arXiv
+    2205.14135, Section 3.1), and that of a few windows stays in the cache.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Windows [B·W, N, C], mask [W, N, N] of shifted windows → [B·W, N, C]."""
+        if self.training and self.attn_drop.p > 0:
+            return super().forward(x, mask)
+        b, n, c = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        index = self.relative_position_index[:n, :n].reshape(-1)
+        bias = self.relative_position_bias_table[index].view(n, n, -1).permute(2, 0, 1).contiguous()
+        x = _Attention.apply(qkv, bias, mask, self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(b, n, c)))
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with a bias; qkv [3, B·W, heads, N, E], bias [heads, N, N], mask [W, N, N] → [B·W, heads, N, E]."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out = qkv.new_empty(qkv.shape[1:])
+        for part, offset in _parts(qkv, bias, mask):
+            q, k, v = qkv[:, part]
+            out[part] = F.scaled_dot_product_attention(q, k, v, attn_mask=offset.to(q.dtype), scale=scale)
+        ctx.save_for_backward(qkv, bias, mask, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        qkv, bias, mask, out = ctx.saved_tensors
+        by_qkv, by_bias = torch.empty_like(qkv), torch.zeros_like(bias)
+        for part, offset in _parts(qkv, bias, mask):
+            (q, k, v), grad = qkv[:, part].contiguous(), gradient[part].contiguous()
+            attention = ((q * ctx.scale) @ k.mT).float().add_(offset).softmax(-1)
+            by_qkv[2, part] = attention.to(grad.dtype).mT @ grad
+            scores = (grad @ v.mT).float().sub_((grad * out[part]).sum(-1, keepdim=True)).mul_(attention)
+            by_bias += scores.sum(0)
+            scores = scores.mul_(ctx.scale).to(q.dtype)
+            by_qkv[0, part] = scores @ k
+            by_qkv[1, part] = scores.mT @ q
+        return by_qkv, by_bias, None, None
+
+
+def _parts(qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """A few windows at a time, and what is added to their scores, [windows or 1, heads, N, N]."""
+    total = qkv.shape[1]
+    group = total if mask is None else len(mask)
+    few = max(1, SCORES["cpu" if qkv.is_cpu else "cuda"] // bias.numel())
+    for first in range(0, total, group):
+        for start in range(0, group, few):
+            stop = min(start + few, group)
+            offset = bias[None] if mask is None else bias + mask[start:stop, None]
+            yield slice(first + start, first + stop), offset
+
+
+class _Checkpointed:
+    """A block that keeps its input alone for the backward pass, and computes the rest again (arXiv 1604.06174)."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As the block's."""
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        return checkpoint(super().forward, *inputs, use_reentrant=False)
+
+
+class CheckpointedTwoConv(_Checkpointed, TwoConv):
+    """Two convolutions of a UNet."""
+
+
+class CheckpointedBlock(_Checkpointed, UnetResBlock):
+    """Residual block of a SwinUNETR or UNETR."""
+
+
+class CheckpointedSwinBlock(_Checkpointed, SwinTransformerBlock):
+    """Transformer block of a SwinUNETR."""
+
+
+_BLOCKS = [
+    (TwoConv, CheckpointedTwoConv),
+    (UnetResBlock, CheckpointedBlock),
+    (SwinTransformerBlock, CheckpointedSwinBlock),
+]
+_LAYERS = {
+    "norm": (nn.InstanceNorm3d, FastInstanceNorm3d),
+    "deconvolution": (nn.ConvTranspose3d, FastConvTranspose3d),
+    "weight_gradient": (nn.Conv3d, FastConv3d),
+    "dropout": (nn.Dropout, FastDropout),
+    "attention": (WindowAttention, FastWindowAttention),
+    "padding": (UpCat, FastUpCat),
+}
