@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import Dataset, get_track_meta
-from monai.data.utils import reset_ops_id
-from monai.transforms import Compose, RandCropByPosNegLabeld, RandSpatialCropd, RandSpatialCropSamplesd, Transform
+from monai.transforms import (
+    Compose,
+    RandCropByPosNegLabeld,
+    RandSpatialCropd,
+    RandSpatialCropSamplesd,
+    Transform,
+    reset_ops_id,
+)
 from monai.transforms.traits import RandomizableTrait
 
 from tools.data.inspection import scan_key
@@ -58,8 +64,8 @@ def make_dataset(data: Sequence[Mapping[str, Any]], transform: Compose, cache: s
 class StoredDataset(Dataset):
     """Stores the result of the deterministic transforms, and reads only the voxels that a random crop after them draws.
 
-    The crop itself, a transform of MONAI, runs on stand-ins that have the shape of the volumes but take no memory. So
-    it draws the same boxes as without a store. If the first random transform is none of `CROPS`, whole volumes are read.
+    The crop itself, a transform of MONAI, runs on stand-ins that have the shape of the volumes but take no memory: it
+    draws the same boxes as without a store. If the first random transform is none of `CROPS`, volumes are read whole.
 
     An entry that is damaged, of another version, or whose file has changed is stored anew; a scan that does not fit on
     the disk is read from its file every time. Both are named in a warning.

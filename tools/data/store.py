@@ -22,6 +22,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from enum import Enum
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -116,10 +117,10 @@ class Store:
                 "shape": tuple(value.shape),
                 "dtype": value.dtype,
                 "checksums": [zlib.crc32(array.schunk.get_chunk(n)) for n in range(array.schunk.nchunks)],
-                "meta": dict(value.meta) if isinstance(value, MetaTensor) else None,
-                "applied_operations": value.applied_operations if isinstance(value, MetaTensor) else None,
+                "meta": _plain(value.meta) if isinstance(value, MetaTensor) else None,
+                "applied_operations": _plain(value.applied_operations) if isinstance(value, MetaTensor) else None,
             }
-        rest = {key: value for key, value in data.items() if key not in volumes}
+        rest = _plain({key: value for key, value in data.items() if key not in volumes})
         header = io.BytesIO()
         torch.save({"format": FORMAT, "keys": list(data), "volumes": volumes, "rest": rest}, header)
         frames[self.folder / f"{name}.pt"] = header.getvalue()  # last: without it there is no entry
@@ -233,6 +234,19 @@ class Entry:
         if volume["meta"] is None:
             return voxels
         return MetaTensor(voxels, meta=volume["meta"], applied_operations=volume["applied_operations"])
+
+
+def _plain(value: Any) -> Any:
+    """Without the types that `torch.load(weights_only=True)` refuses: NumPy's, and the names that MONAI keeps as enums."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_volume(value: Any) -> bool:
