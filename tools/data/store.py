@@ -237,7 +237,7 @@ class Entry:
 
 
 def _plain(value: Any) -> Any:
-    """Without the types that `torch.load(weights_only=True)` refuses: NumPy's, and the names that MONAI keeps as enums."""
+    """Without the types that `torch.load(weights_only=True)` refuses: NumPy's, and MONAI's names, which are enums."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -324,9 +324,7 @@ def _bins(slab: np.ndarray, low: float, scale: np.float32) -> np.ndarray:
 def disk_room(folder: str | Path, keep_free: float = 0.0) -> int:
     """Bytes that can be written to the disk of a folder, which may not exist yet, if a fraction of it is kept free."""
     folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    disk = shutil.disk_usage(folder)
+    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
     return max(0, int(disk.free - keep_free * disk.total))
 
 
