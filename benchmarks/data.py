@@ -179,9 +179,7 @@ def main(slices: int = 700, turns: int = 7, steps: int = 20, folder: str = "") -
     for name in SIDES:
         print(f"| {name} | {processor[large][name][0] / processor[small][name][0]:.2f} |")
     waited, total = waiting(work / f"ct_{slices}.nii.gz", work / "training", steps)
-    print(
-        f"\n{steps} training steps, small.yaml, 2 workers: {total:.1f} s, of which {waited:.2f} s wait: {waited / total:.1%}"
-    )
+    print(f"\n{steps} steps, small.yaml, 2 workers: {total:.1f} s, of which {waited / total:.1%} wait for the loader")
     if not folder:
         shutil.rmtree(work)
 

@@ -40,8 +40,9 @@ from tools.common.files import atomic_path
 from tools.common.text import bytes_text
 
 FORMAT = 1  # increase it when older entries cannot be read any more
-CHUNK, BLOCK = 64, 32  # voxels along each axis: unit of reading, and of decompressing
-COMPRESSION = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+CHUNK, BLOCK = 64, 16  # voxels along each axis: unit of reading, and of decompressing
+# Zstandard makes files of CT 6 to 14 % smaller, and crops take twice as long
+COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
 BINS = 1 << 22  # values that differ by less than this part of the range cannot be told apart
 PALETTE = 1 << 16  # values that a 16-bit code can name
 SHARED_MEMORY = Path("/dev/shm")
@@ -185,8 +186,8 @@ class Entry:
         if not isinstance(crop, MetaTensor):  # not cropped
             return self.read(key)
         meta = self.volumes[key]["meta"]
-        whole = torch.eye(4, dtype=torch.float64) if meta is None else meta["affine"]
-        first = torch.linalg.solve(whole.double(), crop.affine.double())[:3, 3].round().int().tolist()
+        whole = np.eye(4) if meta is None else meta["affine"].numpy()
+        first = np.linalg.solve(whole, crop.affine.numpy())[:3, 3].round().astype(int).tolist()
         box = tuple(slice(start, start + size) for start, size in zip(first, crop.shape[1:], strict=True))
         return MetaTensor(self.read(key, box)).copy_meta_from(crop, copy_attr=False)
 
@@ -211,8 +212,11 @@ class Entry:
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise DamagedError(f"{path.name} cannot be read ({_first_line(error)})") from error
         if palettes is not None:
-            channels = zip(palettes, values, strict=True)
-            values = np.stack([np.frombuffer(palette, "<f4")[codes] for palette, codes in channels])
+            codes, values = values, np.empty(values.shape, np.float32)
+            for palette, code, value in zip(palettes, codes, values, strict=True):
+                np.frombuffer(palette, "<f4").take(
+                    code, out=value, mode="clip"
+                )  # faster than checking, as `raise` does
         return torch.from_numpy(values).to(volume["dtype"])
 
     def _verify(self, array: blosc2.NDArray, file: str, checksums: list[int], box: tuple[slice, ...]) -> None:
