@@ -18,6 +18,7 @@ import errno
 import io
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ FORMAT = 1  # increase it when older entries cannot be read any more
 CHUNK, BLOCK = 64, 16  # voxels along each axis: unit of reading, and of decompressing
 # Zstandard makes files of CT 6 to 14 % smaller, and crops take twice as long
 COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
+MAPPED = {} if sys.platform == "win32" else {"mmap_mode": "r"}  # Windows cannot replace a file that is mapped
 BINS = 1 << 22  # values that differ by less than this part of the range cannot be told apart
 PALETTE = 1 << 16  # values that a 16-bit code can name
 SHARED_MEMORY = Path("/dev/shm")
@@ -117,6 +119,7 @@ class Store:
             volumes[key] = {
                 "shape": tuple(value.shape),
                 "dtype": value.dtype,
+                "bytes": len(frame),
                 "checksums": [zlib.crc32(array.schunk.get_chunk(n)) for n in range(array.schunk.nchunks)],
                 "meta": _plain(value.meta) if isinstance(value, MetaTensor) else None,
                 "applied_operations": _plain(value.applied_operations) if isinstance(value, MetaTensor) else None,
@@ -159,6 +162,7 @@ class Entry:
         self.keys: list[str] = header["keys"]
         self.volumes: dict[str, dict[str, Any]] = header["volumes"]
         self.rest: dict[str, Any] = header["rest"]
+        self.arrays: dict[str, blosc2.NDArray] = {}
 
     def whole(self) -> dict[str, Any]:
         """The scan as it was stored, with all voxels.
@@ -197,13 +201,11 @@ class Entry:
         Raises:
             DamagedError: the file is missing, or one of the chunks that are read is.
         """
-        path = self.store._file(self.name, key)
         volume = self.volumes[key]
         box = box or tuple(slice(0, size) for size in volume["shape"][1:])
+        path = self.store._file(self.name, key)
         try:
-            array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-            if array.shape != volume["shape"]:
-                raise DamagedError(f"{path.name} has the shape {array.shape}, expected {volume['shape']}")
+            array = self._open(key, path)
             self._verify(array, path.name, volume["checksums"], box)
             values = array[(slice(None), *box)]
             palettes = array.vlmeta.get("palette", None)
@@ -214,10 +216,16 @@ class Entry:
         if palettes is not None:
             codes, values = values, np.empty(values.shape, np.float32)
             for palette, code, value in zip(palettes, codes, values, strict=True):
-                np.frombuffer(palette, "<f4").take(
-                    code, out=value, mode="clip"
-                )  # faster than checking, as `raise` does
+                np.frombuffer(palette, "<f4").take(code, out=value, mode="clip")  # faster than "raise"
         return torch.from_numpy(values).to(volume["dtype"])
+
+    def _open(self, key: str, path: Path) -> blosc2.NDArray:
+        if key not in self.arrays:
+            size = path.stat().st_size
+            if size != self.volumes[key]["bytes"]:  # a map of a file that is cut off would end the process
+                raise DamagedError(f"{path.name} has {size} bytes, expected {self.volumes[key]['bytes']}")
+            self.arrays[key] = blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPED)
+        return self.arrays[key]
 
     def _verify(self, array: blosc2.NDArray, file: str, checksums: list[int], box: tuple[slice, ...]) -> None:
         """Compare the checksums of the chunks in a box, at their first use in this process."""
