@@ -17,7 +17,11 @@ def batches(parse, ct_scans, tmp_path):
     def draw(overlays, part, cache, workers):
         options = {**TINY, "num_workers": workers, "crops_per_volume": 2}
         parser = parse(
-            ["train", "small", *overlays], dataset_dir=str(ct_scans), cache=cache, cache_dir=str(tmp_path / "c"), **options
+            ["train", "small", *overlays],
+            dataset_dir=str(ct_scans),
+            cache=cache,
+            cache_dir=str(tmp_path / "c"),
+            **options,
         )
         loader = parser.get_parsed_content(f"{part}#dataloader")
         drawn = []

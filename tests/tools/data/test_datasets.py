@@ -50,7 +50,9 @@ def steps(load, a_max=1000.0):
 
 def dataset(path, cache, folder):
     load = CountingLoad()
-    return make_dataset([item(path)], Compose([*steps(load), RandScaleIntensityd("image", 0.5, prob=1)]), cache, folder), load
+    return make_dataset(
+        [item(path)], Compose([*steps(load), RandScaleIntensityd("image", 0.5, prob=1)]), cache, folder
+    ), load
 
 
 @pytest.mark.parametrize(("cache", "decoded"), [("none", 3), ("memory", 1), ("disk", 1)])
@@ -65,7 +67,9 @@ def test_a_scan_is_decoded_once_and_drawn_anew(tmp_path, cache, decoded):
 
 def crops(path, folder, load=None, a_max=1000.0):
     """A data set that draws 6×6×6 crops, on disk."""
-    transform = Compose([*steps(load or CountingLoad(), a_max), RandSpatialCropd("image", (6, 6, 6), random_size=False)])
+    transform = Compose(
+        [*steps(load or CountingLoad(), a_max), RandSpatialCropd("image", (6, 6, 6), random_size=False)]
+    )
     return make_dataset([item(path)], transform, "disk", folder)
 
 
@@ -122,9 +126,7 @@ def test_an_entry_of_another_version_is_named_and_stored_anew(tmp_path, caplog):
     (header,) = folder.glob("*.pt")
     torch.save({**torch.load(header, weights_only=True), "format": 99}, header)
     crops(path, folder)[0]
-    assert caplog.messages == [
-        f"{path}: {header.name} is of another version: found 99, expected 1; it is stored anew"
-    ]
+    assert caplog.messages == [f"{path}: {header.name} is of another version: found 99, expected 1; it is stored anew"]
     assert torch.load(header, weights_only=True)["format"] == 1
 
 
