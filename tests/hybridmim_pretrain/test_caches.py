@@ -59,18 +59,3 @@ def test_caches_draw_what_is_drawn_without(batches, tmp_path, overlays, part, wo
     stored = list((tmp_path / "c").glob("*.b2nd"))
     assert stored
     assert all(blosc2.open(str(path)).dtype == "uint16" for path in stored)  # which is exact
-
-
-def test_a_draw_reads_no_more_than_its_chunks(parse, ct_scans, tmp_path):
-    """Scans whose other chunks are gone can still be drawn from."""
-    parser = parse(
-        ["train", "small"],
-        dataset_dir=str(ct_scans),
-        cache="disk",
-        cache_dir=str(tmp_path / "c"),
-        **{**TINY, "crops_per_volume": 1},
-    )
-    dataset = parser.get_parsed_content("train#dataset")
-    dataset[0]
-    (_, verified) = next(iter(dataset.store.intact.items()))
-    assert 0 < verified.sum() <= len(verified)

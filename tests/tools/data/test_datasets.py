@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -65,12 +65,24 @@ def test_a_scan_is_decoded_once_and_drawn_anew(tmp_path, cache, decoded):
     assert data[0]["spacing"].tolist() == [1, 2, 3]
 
 
+CROP = RandSpatialCropd("image", (6, 6, 6), random_size=False)
+
+
 def crops(path, folder, load=None, a_max=1000.0):
-    """A data set that draws 6×6×6 crops, on disk."""
-    transform = Compose(
-        [*steps(load or CountingLoad(), a_max), RandSpatialCropd("image", (6, 6, 6), random_size=False)]
-    )
-    return make_dataset([item(path)], transform, "disk", folder)
+    """A data set that draws crops, on disk."""
+    return make_dataset([item(path)], Compose([*steps(load or CountingLoad(), a_max), CROP]), "disk", folder)
+
+
+@pytest.fixture
+def said(caplog):
+    """Returns the warnings of the data sets so far."""
+
+    def read():
+        found = [record.getMessage() for record in caplog.records if record.name == "tools.data.datasets"]
+        caplog.clear()
+        return found
+
+    return read
 
 
 def test_a_second_run_reads_the_disk_cache_but_not_for_other_settings_or_files(tmp_path):
@@ -96,7 +108,7 @@ def test_an_unknown_cache_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------------- entries that are no good
 
 
-def test_a_damaged_entry_is_named_and_stored_anew_and_draws_the_same(tmp_path, caplog):
+def test_a_damaged_entry_is_named_and_stored_anew_and_draws_the_same(tmp_path, said):
     path, folder = write_nifti(tmp_path / "a.nii"), tmp_path / "cache"
 
     def drawn():
@@ -109,49 +121,42 @@ def test_a_damaged_entry_is_named_and_stored_anew_and_draws_the_same(tmp_path, c
     intact = voxels.read_bytes()
     for content in (intact[:-100], bytes(len(intact))):
         voxels.write_bytes(content)
-        with caplog.at_level(logging.WARNING):
-            again = drawn()
-        (warning,) = caplog.messages
+        again = drawn()
+        (warning,) = said()
         assert warning.startswith(f"{path}: ")
         assert f"{voxels.name}" in warning
         assert warning.endswith("it is stored anew")
         assert all(map(torch.equal, again, first))
         assert voxels.read_bytes() == intact
-        caplog.clear()
 
 
-def test_an_entry_of_another_version_is_named_and_stored_anew(tmp_path, caplog):
+def test_an_entry_of_another_version_is_named_and_stored_anew(tmp_path, said):
     path, folder = write_nifti(tmp_path / "a.nii"), tmp_path / "cache"
     crops(path, folder)[0]
     (header,) = folder.glob("*.pt")
     torch.save({**torch.load(header, weights_only=True), "format": 99}, header)
     crops(path, folder)[0]
-    assert caplog.messages == [f"{path}: {header.name} is of another version: found 99, expected 1; it is stored anew"]
+    assert said() == [f"{path}: {header.name} is of another version: found 99, expected 1; it is stored anew"]
     assert torch.load(header, weights_only=True)["format"] == 1
 
 
-def test_a_file_that_changes_during_the_run_is_named_and_stored_anew(tmp_path, caplog):
+def test_a_file_that_changes_during_the_run_is_named_and_stored_anew(tmp_path, said):
     path, folder = write_nifti(tmp_path / "a.nii"), tmp_path / "cache"
     data = crops(path, folder)
     assert data[0]["image"].max() > 0.5
     write_nifti(path, np.full((10, 12, 14), -1000, np.int16))
     os.utime(path, ns=(1, 1))
     assert data[0]["image"].max() == pytest.approx(0.001)
-    assert caplog.messages == [f"{path}: its file has changed since the start of the run; it is stored anew"]
+    assert said() == [f"{path}: its file has changed since the start of the run; it is stored anew"]
 
 
 FULL = """
 import logging, resource, sys
-logging.basicConfig(format="%(message)s", stream=sys.stdout)
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_datasets import crops, set_rnd, DataLoader, make_dataset
-from image_files import item
-from monai.transforms import Compose
-path, folder = Path(sys.argv[2]), Path(sys.argv[3])
-data = crops(path, folder)
-data.data = [item(path)] * 3
-data.names = data.names * 3
+logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
+from monai.transforms import Compose, LoadImaged
+from tools.data.datasets import make_dataset
+path, folder = sys.argv[1:]
+data = make_dataset([{"image": path}] * 3, Compose([LoadImaged("image", ensure_channel_first=True)]), "disk", folder)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 print(len(list(data)), "drawn")
 """
@@ -160,26 +165,26 @@ print(len(list(data)), "drawn")
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of file sizes")
 def test_without_room_for_a_scan_there_is_one_warning_and_the_run_goes_on(tmp_path):
     path, folder = write_nifti(tmp_path / "a.nii"), tmp_path / "cache"
-    line = [sys.executable, "-W", "ignore", "-c", FULL, os.path.dirname(__file__), str(path), str(folder)]
-    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
-    warning, drawn = said
-    assert warning.startswith(f"{folder}: File too large: ")
-    assert " free, 4." in warning or " free, 3." in warning
+    line = [sys.executable, "-W", "ignore", "-c", FULL, str(path), str(folder)]
+    lines = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
+    (warning,) = [line for line in lines if line.startswith("tools.data.datasets: ")]
+    assert warning.startswith(f"tools.data.datasets: {folder}: File too large: ")
+    assert re.search(r"B free, [\d.]+ kB needed for", warning)
     assert warning.endswith(f" needed for {path}; it is read from its file every time")
-    assert drawn == "3 drawn"
+    assert lines[-1] == "3 drawn"
     assert list(folder.iterdir()) == []
 
 
-def test_scans_are_stored_again_when_there_is_room(tmp_path, caplog):
+def test_scans_are_stored_again_when_there_is_room(tmp_path, said):
     path = write_nifti(tmp_path / "a.nii")
     store = Store(tmp_path / "cache", keep_free=1.0)  # as if the disk were full
     load = CountingLoad()
-    transform = Compose([*steps(load), RandSpatialCropd("image", (6, 6, 6), random_size=False)])
+    transform = Compose([*steps(load), CROP])
     data = StoredDataset([item(path)], transform, store)
     for _ in range(3):
         data[0]
     assert load.count == 3
-    assert len(caplog.messages) == 1
+    assert len(said()) == 1
     store.keep_free = 0.0
     for _ in range(3):
         data[0]
@@ -257,7 +262,7 @@ def test_workers_share_what_one_of_them_has_stored(tmp_path, workers):
     paths = [write_nifti(tmp_path / f"{n}.nii") for n in range(4)]
     for cache in ("memory", "disk"):
         load = CountingLoad()
-        transform = Compose([*steps(load), RandSpatialCropd("image", (6, 6, 6), random_size=False)])
+        transform = Compose([*steps(load), CROP])
         data = make_dataset([item(path) for path in paths], transform, cache, tmp_path / "cache")
         drawn = []
         for _ in range(2):
@@ -266,7 +271,7 @@ def test_workers_share_what_one_of_them_has_stored(tmp_path, workers):
                 set_rnd(data, 0)
             drawn.append([batch["image"] for batch in DataLoader(data, batch_size=2, num_workers=workers)])
         assert all(map(torch.equal, *drawn))
-        assert sorted(name.name.split("-")[0] for name in data.store.folder.glob("*.pt"))[:4] == ["0", "1", "2", "3"]
+        assert all((data.store.folder / f"{name}.b2nd").exists() for name in data.names)
         assert load.count == (0 if workers else 4)  # workers count in their own processes
 
 
