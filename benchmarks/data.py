@@ -84,19 +84,22 @@ def draw(dataset: Dataset, seed: int) -> list[dict]:
     return dataset[0]
 
 
-def times(sides: dict[str, Dataset], turns: int) -> dict[str, tuple[float, float]]:
+Key = tuple[tuple[int, int, int], str]  # shape of the scan, and side
+
+
+def times(sides: dict[Key, Dataset], turns: int) -> dict[Key, tuple[float, float]]:
     """Median processor and wall time of a draw of each side, in seconds; without a cache it is timed once."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    found: dict[Key, list[tuple[float, float]]] = {key: [] for key in sides}
     for turn in range(turns + 1):
-        for name, dataset in sides.items():
-            if turn > 1 and name == "no cache":
+        for key, dataset in sides.items():
+            if turn > 1 and key[1] == "no cache":
                 continue
             dataset.transform.set_random_state(turn)
             clocks = time.process_time(), time.perf_counter()
             dataset[0]
             if turn:  # the first one fills the cache
-                found[name].append((time.process_time() - clocks[0], time.perf_counter() - clocks[1]))
-    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
+                found[key].append((time.process_time() - clocks[0], time.perf_counter() - clocks[1]))
+    return {key: tuple(map(statistics.median, zip(*pairs, strict=True))) for key, pairs in found.items()}
 
 
 def child(side: str, scan: str, folder: str) -> None:
@@ -157,28 +160,27 @@ def main(slices: int = 700, turns: int = 7, steps: int = 20, folder: str = "") -
     work.mkdir(parents=True, exist_ok=True)
     large, small = (512, 512, slices), (128, 128, 128)
     print(f"CPU, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}")
-    processor: dict[tuple, dict[str, tuple[float, float]]] = {}
-    for shape in (large, small):
-        scan = work / f"ct_{shape[2]}.nii.gz"
+    scans = {shape: work / f"ct_{shape[2]}.nii.gz" for shape in (large, small)}
+    for shape, scan in scans.items():
         if not scan.exists():
             write_ct(scan, shape)
-        places = {name: work / f"{name.split()[-1]}_{shape[2]}" for name in SIDES}
-        sides = {name: make_side(name, scan, place) for name, place in places.items()}
-        processor[shape] = times(sides, turns)
-        del sides
+    places = {(shape, name): work / f"{name.split()[-1]}_{shape[2]}" for shape in scans for name in SIDES}
+    found = times({key: make_side(key[1], scans[key[0]], place) for key, place in places.items()}, turns)
+    for shape, scan in scans.items():
         print(f"\n{size_text(shape)} voxels, {CROPS} crops of {size_text([CROP] * 3)}\n")
         print("| | processor s | wall s | × store | memory | on disk |\n| --- | --- | --- | --- | --- | --- |")
-        for name, place in places.items():
-            seconds, wall = processor[shape][name]
+        for name in SIDES:
+            place = places[shape, name]
+            seconds, wall = found[shape, name]
             stored = sum(file.stat().st_size for file in place.glob("*")) if place.exists() else 0
             print(
-                f"| {name} | {seconds:.4f} | {wall:.4f} | {seconds / processor[shape]['store'][0]:.1f} "
+                f"| {name} | {seconds:.4f} | {wall:.4f} | {seconds / found[shape, 'store'][0]:.1f} "
                 f"| {bytes_text(peak_memory(name, scan, place))} | {bytes_text(stored) if stored else '–'} |",
                 flush=True,
             )
     print("\n| processor time, large scan / small scan | |\n| --- | --- |")
     for name in SIDES:
-        print(f"| {name} | {processor[large][name][0] / processor[small][name][0]:.2f} |")
+        print(f"| {name} | {found[large, name][0] / found[small, name][0]:.2f} |")
     waited, total = waiting(work / f"ct_{slices}.nii.gz", work / "training", steps)
     print(f"\n{steps} steps, small.yaml, 2 workers: {total:.1f} s, of which {waited / total:.1%} wait for the loader")
     if not folder:
