@@ -25,6 +25,7 @@ from monai.transforms import (
 from monai.transforms.traits import RandomizableTrait
 
 from tools.data.inspection import scan_key
+from tools.data.sampling import Draw
 from tools.data.scans import paths_of
 from tools.data.store import KEEP_FREE, DamagedError, Entry, NotStoredError, Store, memory_folder
 
@@ -58,10 +59,21 @@ def make_dataset(data: Sequence[Mapping[str, Any]], transform: Compose, cache: s
         return StoredDataset(data, transform, Store(memory_folder(), keep_free=KEEP_FREE))
     if cache == "disk":
         return StoredDataset(data, transform, Store(cache_dir))
-    return Dataset(data, transform)
+    return SeededDataset(data, transform)
 
 
-class StoredDataset(Dataset):
+class SeededDataset(Dataset):
+    """MONAI's `Dataset`, whose random transforms are seeded for each draw of a `SeededSampler`."""
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Draw) -> Any:
+        """Draw from a scan."""
+        if isinstance(index, Draw):
+            self.transform.set_random_state(index.seed)
+            index = index.index
+        return super().__getitem__(index)
+
+
+class StoredDataset(SeededDataset):
     """Stores the result of the deterministic transforms, and reads only the voxels that a random crop after them draws.
 
     The crop itself, a transform of MONAI, runs on stand-ins that have the shape of the volumes but take no memory: it

@@ -12,7 +12,6 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, set_rnd
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointSaver
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, write_rows
+from tools.data.sampling import SeededSampler
 from tools.weights.checkpoints import newest_checkpoint
 
 WAIT = 0.5  # seconds between two looks at a value that is still on the device
@@ -167,19 +167,19 @@ class MetricsCSV:
 
 
 class SeedEpochs:
-    """Seeds all random generators at the start of each epoch from (seed, epoch, rank).
+    """Seeds the random generators of the network at the start of each epoch from (seed, epoch, rank).
 
-    So a checkpoint needs only the seed and the epoch to restore the random generators of all processes and workers: a
-    resumed run draws the same random numbers as an uninterrupted one.
+    So a checkpoint needs only the seed and the epoch to restore the generators of all processes: a resumed run draws
+    the same random numbers as an uninterrupted one. (The sampler of the data loader seeds the random transforms.)
 
     Args:
         seed: random seed of the run.
-        loader: data loader; the random transforms of its data set are seeded too (workers are seeded by the loader).
+        sampler: sampler of the training data, which gets the seed of a checkpoint too.
     """
 
-    def __init__(self, seed: int, loader: DataLoader) -> None:
+    def __init__(self, seed: int, sampler: SeededSampler) -> None:
         self.seed = seed
-        self.loader = loader
+        self.sampler = sampler
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -190,8 +190,6 @@ class SeedEpochs:
         state = (self.seed * 1_000_003 + engine.state.epoch) * 65_536 + idist.get_rank()
         torch.manual_seed(state)
         random.seed(state)
-        if self.loader.num_workers == 0:
-            set_rnd(self.loader.dataset, state % (2**32 - 1))
 
     def state_dict(self) -> dict[str, int]:
         """Return the state for a checkpoint."""
@@ -199,7 +197,7 @@ class SeedEpochs:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore the seed of the checkpoint, instead of that of the config."""
-        self.seed = state["seed"]
+        self.seed = self.sampler.seed = state["seed"]
 
 
 class BestWeights:
