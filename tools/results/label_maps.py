@@ -118,7 +118,9 @@ class ToLabelMapd(Transform):
         best = next(probabilities)  # the background
         chosen = torch.zeros_like(best, dtype=torch.uint8)
         for value, probability in zip(self.own.values(), probabilities, strict=True):
-            chosen.masked_fill_(probability > best, value)
+            larger = (probability > best).view(torch.uint8)
+            # values rise from class to class; a masked fill takes 20 times as long
+            chosen = torch.maximum(chosen, larger * value)
             best = torch.maximum(best, probability)
         return chosen
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,21 @@ class _Axis:
     upper: Tensor
     fraction: Tensor
 
-    def __call__(self, volume: Tensor, dim: int) -> Tensor:
-        lower = volume.index_select(dim, self.lower)
-        if not self.fraction.any():
-            return lower
-        weight = self.fraction.view([-1] + [1] * (volume.ndim - 1 - dim))
-        return torch.lerp(lower, volume.index_select(dim, self.upper), weight)
+    @cached_property
+    def between(self) -> bool:
+        """Whether any voxel of the file lies between two of the grid."""
+        return bool(self.fraction.any())
+
+    def rows(self, volume: Tensor) -> Tensor:
+        """[h, w] → [H, w]."""
+        lower = volume.index_select(0, self.lower)
+        return torch.lerp(lower, volume.index_select(0, self.upper), self.fraction[:, None]) if self.between else lower
+
+    def columns(self, volume: Tensor) -> Tensor:
+        """[..., w] → [..., W]."""
+        # `index_select` takes 8 times as long along the last axis
+        lower, upper = (volume.gather(-1, k.expand(*volume.shape[:-1], -1)) for k in (self.lower, self.upper))
+        return torch.lerp(lower, upper, self.fraction) if self.between else lower
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,11 @@ class WayBack:
             rows = logits[:, max(index - 1, 0) : index]  # none before the first
             if rows.shape[1] == 0 or index > logits.shape[1]:
                 return logits.new_zeros(len(logits), logits.shape[2] + 2, len(third.lower), dtype=torch.float32)
-            return third(pad(activation(rows.float())[:, 0], (1, 1, 1, 1)), 2)
+            return third.columns(pad(activation(rows.float())[:, 0], (1, 1, 1, 1)))
 
         for lower, upper, fraction in zip(*(part.tolist() for part in (first.lower, first.upper, first.fraction))):
             between = torch.lerp(plane(lower), plane(upper), fraction) if fraction else plane(lower)
-            yield (second(one, 0) for one in between)
+            yield (second.rows(one) for one in between)
 
 
 def find_way_back(image: MetaTensor) -> WayBack | None:
