@@ -68,7 +68,9 @@ def prepare(folder: Path, size: int, slices: int, roi: int, steps: int) -> None:
     grid = tuple(int(n) for n in np.round(shape * VOXEL / SPACING))
     parser = _parser()
     low, high = parser["window"]
-    image = interpolate(torch.tensor(whole)[None, None], size=grid, mode="trilinear").sub(low).div(high - low).clamp(0, 1)
+    image = (
+        interpolate(torch.tensor(whole)[None, None], size=grid, mode="trilinear").sub(low).div(high - low).clamp(0, 1)
+    )
     label = interpolate(torch.tensor(labels)[None, None].float(), size=grid)
     torch.manual_seed(0)
     network, loss = parser.get_parsed_content("network_def"), DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
@@ -183,9 +185,7 @@ def main(
     rows = []
     for stage in (*STAGES, "all"):
         stages = STAGES if stage == "all" else (stage,)
-        best = [
-            [min(sum(run["spent"][s][k] for s in stages) for run in runs[kind]) for k in (0, 1)] for kind in kinds
-        ]
+        best = [[min(sum(run["spent"][s][k] for s in stages) for run in runs[kind]) for k in (0, 1)] for kind in kinds]
         ratio = f"{best[-1][1] / best[0][1]:.2f}" if plain else ""
         rows.append([stage, *(f"{wall:.1f} / {processor:.1f}" for wall, processor in best), ratio])
     peaks = [min(run["peak"] for run in runs[kind]) for kind in kinds]
@@ -202,4 +202,6 @@ def _print_only(*args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(child if sys.argv[1:2] == ["child"] else _print_only, sys.argv[2:] if sys.argv[1:2] == ["child"] else None)
+    fire.Fire(
+        child if sys.argv[1:2] == ["child"] else _print_only, sys.argv[2:] if sys.argv[1:2] == ["child"] else None
+    )

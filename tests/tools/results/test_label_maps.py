@@ -130,7 +130,9 @@ def scan_and_logits(tmp_path, axcodes, steps, channels, box=np.s_[5:25, 3:30, 5:
     """A preprocessed scan, with random logits; and its preprocessing."""
     volume = np.zeros((30, 34, 26), np.float32)
     volume[box] = 50
-    paths = [str(write_nifti(tmp_path / f"{n}.nii.gz", volume, oblique(axcodes, (1.0, 0.9, 1.3)))) for n in range(files)]
+    paths = [
+        str(write_nifti(tmp_path / f"{n}.nii.gz", volume, oblique(axcodes, (1.0, 0.9, 1.3)))) for n in range(files)
+    ]
     load, *rest = preprocessing().transforms
     transform = Compose([load, rest[0], *steps, *rest[1:]])
     data = transform({"image": paths if files > 1 else paths[0]})
