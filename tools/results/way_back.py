@@ -81,7 +81,7 @@ class WayBack:
             activation: of the planes [K, 1, w, d].
 
         Yields:
-            The planes along the first axis of `view`; each as an iterator over its K classes. Use it up before the next.
+            The planes along the first axis of `view`; each an iterator over its K classes, to be used up in turn.
         """
         first, second, third = self.axes
 
@@ -92,7 +92,8 @@ class WayBack:
                 return logits.new_zeros(len(logits), logits.shape[2] + 2, len(third.lower), dtype=torch.float32)
             return third.columns(pad(activation(rows.float())[:, 0], (1, 1, 1, 1)))
 
-        for lower, upper, fraction in zip(*(part.tolist() for part in (first.lower, first.upper, first.fraction))):
+        places = (part.tolist() for part in (first.lower, first.upper, first.fraction))
+        for lower, upper, fraction in zip(*places, strict=True):
             between = torch.lerp(plane(lower), plane(upper), fraction) if fraction else plane(lower)
             yield (second.rows(one) for one in between)
 
