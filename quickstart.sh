@@ -47,7 +47,7 @@ segment() { # name, options of training
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --label_fraction 0.34 \
     --output_dir "$run/$name" --ckpt_dir "$run/$name/models" \
-    --batch_size 2 --crops_per_volume 1 --roi_size "[48,48,48]" --epochs 40 --val_interval 20 "$@"
+    --batch_size 2 --crops_per_volume 1 --roi_size "[48,48,48]" --epochs 40 --val_interval 40 "$@"
   python -m monai.bundle run evaluating \
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml','$btcv/configs/evaluate.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --evaluated test \

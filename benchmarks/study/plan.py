@@ -255,8 +255,9 @@ def pretraining(study: Study, arm: Arm, seed: int) -> Run:
     numbers = study.preset.pretraining
     options = {**_pretrain_options(study, arm), **dict(arm.pretraining)}
     epochs = options["epochs"]
-    options |= {**_rhythm(epochs, numbers.validations), "seed": seed}
-    scans, batch = len(study.cases("training")), options["batch_size"]
+    # an incomplete batch is left out
+    steps = epochs * max(1, len(study.cases("training")) // options["batch_size"])
+    options |= {**_rhythm(steps, epochs, numbers.validations), "seed": seed}
     return Run(
         id="_".join(["pretrain", arm.network, arm.method, *_slugs(arm.pretraining), f"seed{seed}"]),
         kind="pretrain",
@@ -264,7 +265,7 @@ def pretraining(study: Study, arm: Arm, seed: int) -> Run:
         seed=seed,
         configs=_pretrain_files(study, arm),
         options=options,
-        steps=epochs * max(1, scans // batch),  # an incomplete batch is left out
+        steps=steps,
         epochs=epochs,
     )
 
@@ -275,7 +276,7 @@ def finetuning(study: Study, arm: Arm, fraction: float, seed: int, rate: float |
     steps, epochs = length(study, fraction)
     options = {
         **_finetune_options(study, arm),
-        **_rhythm(epochs, numbers.validations),
+        **_rhythm(steps, epochs, numbers.validations),
         "warmup_epochs": round(numbers.warmup * epochs, 3),
         "seed": seed,
         "label_fraction": fraction,
@@ -326,9 +327,10 @@ def _slugs(options: Options) -> list[str]:
     ]
 
 
-def _rhythm(epochs: int, validations: int) -> dict[str, int]:
+def _rhythm(steps: int, epochs: int, validations: int) -> dict[str, int]:
     interval = max(1, round(epochs / validations))
-    return {"epochs": epochs, "val_interval": interval, "checkpoint_interval": interval}
+    every = {"val_interval": interval * steps // epochs, "val_share": 1, "checkpoint_interval": interval}
+    return {"epochs": epochs, **every}
 
 
 def length(study: Study, fraction: float) -> tuple[int, int]:

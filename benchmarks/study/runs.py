@@ -223,8 +223,7 @@ def _seconds_per_step(run: Run, folder: Path) -> float | None:
     """Median time from one training step to the next, by TensorBoard's events; not over a validation."""
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     steps = events.Scalars("loss") if "loss" in events.Tags()["scalars"] else []
-    validated = run.steps // run.epochs * run.options["val_interval"]  # after so many steps
-    neighbours = ((a, b) for a, b in pairwise(steps) if b.step == a.step + 1 and a.step % validated)
+    neighbours = ((a, b) for a, b in pairwise(steps) if b.step == a.step + 1 and a.step % run.options["val_interval"])
     times = [b.wall_time - a.wall_time for a, b in neighbours]
     return statistics.median(times) if times else None
 

@@ -72,7 +72,7 @@ def finish(study: Study, run: Run, dice: float = 0.0, pace: float = 0.5) -> None
     folder = folder_of(study, run.id)
     folder.mkdir(parents=True, exist_ok=True)
     if run.kind == "finetune":
-        every = run.options["val_interval"]
+        every = run.options["checkpoint_interval"]  # epochs
         rows = [{"epoch": n, "loss": 1.0, "val_mean_dice": ""} for n in range(1, run.epochs + 1)]
         for row in rows[every - 1 :: every]:
             row["val_mean_dice"] = dice * row["epoch"] / run.epochs

@@ -420,7 +420,8 @@ def test_contradictions_are_refused(begin, tmp_path, monkeypatch):
     row = rows(grown, 3)[-1]
     assert row.name == "more epochs"  # a table may grow
     longer, usual = (pretraining(grown, arm, 0) for arm in (row.arm, HYBRIDMIM))
-    assert (longer.epochs, longer.options["epochs"], longer.options["val_interval"]) == (90, 90, 45)
+    assert (longer.epochs, longer.options["epochs"], longer.options["checkpoint_interval"]) == (90, 90, 45)
+    assert (longer.options["val_interval"], longer.options["val_share"]) == (longer.steps // 2, 1)  # both are exact
     assert longer.steps / usual.steps == longer.epochs / usual.epochs
     presets["laptop"]["finetuning"]["steps"][0.25] = 999
     (tmp_path / "presets.yaml").write_text(yaml.safe_dump(presets))

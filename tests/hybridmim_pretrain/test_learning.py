@@ -42,7 +42,7 @@ def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans,
         decode_size=[48, 48, 48],
         batch_size=CROPS,
         val_fraction=1 / 3,
-        val_interval=8,
+        val_interval=1000,
         epochs=8,
         learning_rate=0.006,
     )
@@ -72,7 +72,7 @@ def test_the_contrastive_term_learns_on_sample_scans(workflow, tmp_path):
         batch_size=2,
         crops_per_volume=3,
         val_fraction=0.2,
-        val_interval=8,
+        val_interval=1000,
         epochs=8,
     ).run()
     last = {name: float(value) for name, value in read_metrics(tmp_path / "out/metrics.csv")[-1].items()}

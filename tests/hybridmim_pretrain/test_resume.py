@@ -70,6 +70,8 @@ def test_a_killed_and_resumed_run_ends_as_the_uninterrupted_one(run_bundle, work
     last = [
         torch.load(folder / f"models/checkpoint_epoch={EPOCHS}.pt", weights_only=True) for folder in (whole, killed)
     ]
+    (step, *_), (whole_step, *_) = (content.pop("validation").values() for content in last)  # the rest is seconds
+    assert step == whole_step == last[0]["trainer"]["iteration"]
     assert same(*last)
     assert same(*(torch.load(f / "models/model.pt", weights_only=True) for f in (whole, killed)))
 

@@ -23,7 +23,7 @@ TINY_TRAINING = {
     "epochs": 2,
     "batch_size": 2,
     "crops_per_volume": 1,
-    "val_interval": 1,
+    **{"val_interval": 1, "val_share": 1},
     "checkpoint_interval": 1,
     "warmup_epochs": 0,
     "cache": "memory",

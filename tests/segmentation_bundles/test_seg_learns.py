@@ -37,7 +37,8 @@ def learnt(run_bundle, samples, tmp_path_factory):
         batch_size=1,
         crops_per_volume=2,
         learning_rate=0.02,
-        val_interval=EPOCHS // 4,
+        val_interval=EPOCHS // 4,  # steps: one in each epoch
+        val_share=1,
         checkpoint_interval=EPOCHS,
     )
     run_bundle("hippocampus", "evaluating", ["train", "evaluate"], **options)

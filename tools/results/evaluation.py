@@ -8,8 +8,10 @@ far corner of a scan of 512×512×300, it takes 10 and 16 s and less than 0.4 GB
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations, product, takewhile
 from pathlib import Path
@@ -71,17 +73,17 @@ def case_metrics(
         `dice`, `hd95`, `nsd`, float [K], and `missed`, bool [K].
     """
     neither, one_only = {"skip": (math.nan,) * 3, "brats": (1, 0, 1)}, {"skip": math.nan, "brats": BRATS_WORST}
-    rows = []
-    missed = []
-    for mask, truth in zip(pred, label, strict=True):
+
+    def measured(mask: Tensor, truth: Tensor) -> tuple[float, float, float, bool]:
         found, there = bool(mask.any()), bool(truth.any())
-        missed.append(there and not found)
         if found and there:
-            rows.append(_measure(mask, truth, spacing, tolerance))
-        else:
-            rows.append((0, one_only[empty], 0) if found or there else neither[empty])
-    dice, hd95, nsd = np.array(rows, dtype=float).T
-    return {"dice": dice, "hd95": hd95, "nsd": nsd, "missed": np.array(missed)}
+            return *_measure(mask, truth, spacing, tolerance), False
+        return *((0, one_only[empty], 0) if found or there else neither[empty]), there
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # in Torch, NumPy and SciPy, threads do not wait for each other
+        rows = list(pool.map(measured, pred, label))
+    dice, hd95, nsd, missed = np.array(rows, dtype=float).T
+    return {"dice": dice, "hd95": hd95, "nsd": nsd, "missed": missed.astype(bool)}
 
 
 def _measure(pred: Tensor, label: Tensor, spacing: Sequence[float], tolerance: float) -> tuple[float, float, float]:

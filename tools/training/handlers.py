@@ -90,29 +90,82 @@ class ProgressBar:
         tqdm.write(f"validation, epoch {validator.state.epoch}: {line}")
 
 
+class ValidationSchedule:
+    """When to validate: every so many steps, at the end of an epoch, within a share of the run's time.
+
+    The last epoch is always validated. Times and steps so far are part of the training checkpoint.
+
+    Args:
+        interval: least number of steps between validations.
+        share: 0 to 1; largest share of the run's time so far for validations, this one included, which is expected to
+            take as long as the last one. 1 is no bound.
+
+    Raises:
+        ValueError: `interval` or `share` is out of range.
+    """
+
+    def __init__(self, interval: int, share: float) -> None:
+        if interval < 1:
+            raise ValueError(f"val_interval: found {interval}, expected steps, 1 or more")
+        if not 0 <= share <= 1:
+            raise ValueError(f"val_share: found {share}, expected a share of the time, 0 to 1")
+        self.interval = interval
+        self.share = share
+        self.step = 0  # of the last validation
+        self.last = self.spent = self.before = 0.0  # s: the last one, all validations, the run before it was resumed
+        self.began = time.monotonic()
+
+    def restart(self, trainer: Engine) -> None:
+        """Attach to the start of the trainer: in federated learning, every round counts its steps anew."""
+        self.step = min(self.step, trainer.state.iteration)
+
+    def seconds(self) -> float:
+        """Duration of the run so far, s."""
+        return self.before + time.monotonic() - self.began
+
+    def due(self, trainer: Engine, epoch: int) -> bool:
+        """Whether to validate after this epoch; the same in all processes, by the clock of rank 0."""
+        rested = trainer.state.iteration - self.step >= self.interval
+        short = self.spent + self.last <= self.share * (self.seconds() + self.last)
+        return bool(idist.broadcast(float(epoch == trainer.state.max_epochs or (rested and short))))
+
+    def validated(self, trainer: Engine, seconds: float) -> None:
+        """Note a validation."""
+        self.step, self.last, self.spent = trainer.state.iteration, seconds, self.spent + seconds
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state for a checkpoint."""
+        return {"step": self.step, "last": self.last, "spent": self.spent, "seconds": self.seconds()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on where the checkpoint was written."""
+        self.step, self.last, self.spent = int(state["step"]), state["last"], state["spent"]
+        self.before, self.began = state["seconds"], time.monotonic()
+
+
 class ValidateEpochs:
-    """Validates every `interval` epochs, and after the last epoch.
+    """Validates after the epochs that a schedule selects; does not change the random numbers of the training.
 
     Args:
         validator: engine to run.
-        interval: number of epochs between validations.
+        schedule: when to validate.
     """
 
-    def __init__(self, validator: Evaluator, interval: int) -> None:
+    def __init__(self, validator: Evaluator, schedule: ValidationSchedule) -> None:
         self.validator = validator
-        self.interval = interval
+        self.schedule = schedule
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
-
-        def due(trainer: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == trainer.state.max_epochs
-
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+        engine.add_event_handler(Events.STARTED, self.schedule.restart)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=self.schedule.due), self)
 
     def __call__(self, engine: Engine) -> None:
         """Validate now."""
-        self.validator.run(engine.state.epoch)
+        began = time.monotonic()
+        with torch.random.fork_rng():  # a data loader draws a seed whenever it is iterated
+            self.validator.run(engine.state.epoch)
+        self.schedule.validated(engine, time.monotonic() - began)
 
 
 class MetricsCSV:

@@ -1,16 +1,30 @@
+from functools import partial
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader, Dataset, decollate_batch
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import Compose, CropForegroundd, LoadImaged, Orientationd, ScaleIntensityRanged
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    Flipd,
+    Invertd,
+    LoadImaged,
+    Orientationd,
+    Rotated,
+    ScaleIntensityRanged,
+    Spacingd,
+    Zoomd,
+)
 
 from image_files import write_nifti
 from tools.data.classes import label_map, label_values, own_values
 from tools.data.transforms import Above
 from tools.losses import class_masks
 from tools.results.label_maps import FlippedInferer, ToLabelMapd, ToMasksd
+from tools.results.way_back import find_way_back
 
 BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
 ORGANS = {"spleen": [1], "liver": [2], "aorta": [3]}
@@ -110,6 +124,104 @@ def test_nested_regions_and_probabilities(tmp_path):
     assert out["prob"].shape == (3, *truth.shape) and out["prob"].dtype == torch.float16
     np.testing.assert_array_equal(out["prob"][2] > 0.5, truth == 4)
     np.testing.assert_allclose(out["prob"].affine, nib.load(path).affine, atol=1e-4)
+
+
+def scan_and_logits(tmp_path, axcodes, steps, channels, box=np.s_[5:25, 3:30, 5:20], files=1):
+    """A preprocessed scan, with random logits; and its preprocessing."""
+    volume = np.zeros((30, 34, 26), np.float32)
+    volume[box] = 50
+    paths = [
+        str(write_nifti(tmp_path / f"{n}.nii.gz", volume, oblique(axcodes, (1.0, 0.9, 1.3)))) for n in range(files)
+    ]
+    load, *rest = preprocessing().transforms
+    transform = Compose([load, rest[0], *steps, *rest[1:]])
+    data = transform({"image": paths if files > 1 else paths[0]})
+    torch.manual_seed(0)
+    data["pred"] = MetaTensor(torch.randn(channels, *data["image"].shape[1:]) * 3, meta=data["image"].meta)
+    return data, transform
+
+
+def by_monai(data, transform, activate):
+    """Each channel's probability in the geometry of the file, by MONAI's inverse in 64 bit."""
+    invert = Invertd(keys="pred", orig_keys="image", transform=transform, nearest_interp=False)
+    return invert({**data, "pred": MetaTensor(activate(data["pred"].as_tensor()), meta=data["pred"].meta)})["pred"]
+
+
+def resampled(*spacing):
+    return [Spacingd("image", pixdim=spacing, mode="bilinear", padding_mode="border")]
+
+
+@pytest.mark.parametrize(
+    ("axcodes", "steps", "box"),
+    [
+        *((axcodes, resampled(1.6, 1.4, 2.1), np.s_[5:25, 3:30, 5:20]) for axcodes in ("RAS", "LPS", "PIR", "ASL")),
+        pytest.param("PIR", resampled(0.71, 1.2, 3.1), np.s_[5:25, 3:30, 5:20], id="anisotropic"),
+        pytest.param("LPS", resampled(1.6, 1.4, 2.1), np.s_[0:30, 3:34, 0:20], id="at the border of the file"),
+        pytest.param("ASL", [], np.s_[5:25, 3:30, 5:20], id="own spacing"),
+    ],
+)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_way_back_is_the_inverse_of_monai(tmp_path, axcodes, steps, box, activation):
+    activate = partial(torch.softmax, dim=0) if activation == "softmax" else torch.sigmoid
+    files = 2 if activation == "sigmoid" else 1
+    data, transform = scan_and_logits(tmp_path, axcodes, steps, len(ORGANS) + (files == 1), box, files)
+    assert find_way_back(data["image"]) is not None
+    out = ToLabelMapd(ORGANS, activation, transform, probabilities=True)(data)
+    expected = by_monai(data, transform, activate)
+    assert out["pred"].dtype == torch.uint8 and out["pred"].shape == (1, *expected.shape[1:]) == (1, 30, 34, 26)
+    torch.testing.assert_close(out["prob"].as_tensor(), expected.as_tensor().half(), atol=5e-4, rtol=0)
+    np.testing.assert_allclose(out["pred"].affine, expected.affine, atol=1e-9)
+    if activation == "softmax":
+        labels = expected.as_tensor().argmax(0)
+        first, second = expected.as_tensor().topk(2, dim=0).values
+        sure = first - second > 1e-5
+    else:
+        labels = label_map(list(expected.as_tensor() > 0.5), ORGANS)[0]
+        sure = ((expected.as_tensor() - 0.5).abs() > 1e-5).all(0)
+    differ = out["pred"].as_tensor()[0] != labels
+    assert len(labels.unique()) == 4 and not (differ & sure).any()
+
+
+def test_logits_in_16_bit_are_segmented_in_32(tmp_path):
+    data, transform = scan_and_logits(tmp_path, "LPS", resampled(1.6, 1.4, 2.1), 4)
+    data["pred"] = data["pred"].bfloat16()
+    whole = {**data, "pred": data["pred"].float()}
+    to_label_map = ToLabelMapd(ORGANS, "softmax", transform)
+    assert torch.equal(to_label_map(data)["pred"], to_label_map(whole)["pred"])
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param([Flipd("image", 0)], id="a flip"),
+        pytest.param([Spacingd("image", (1.6, 1.4, 2.1), mode="nearest", padding_mode="border")], id="nearest voxels"),
+        pytest.param([Zoomd("image", 0.8, keep_size=False)], id="a zoom"),
+        pytest.param([Rotated("image", (0.2, 0.1, 0), keep_size=True)], id="a rotation"),
+    ],
+)
+def test_other_preprocessing_is_inverted_by_monai(tmp_path, steps, activation):
+    data, transform = scan_and_logits(tmp_path, "LPS", steps, 3 + (activation == "softmax"))
+    assert find_way_back(data["image"]) is None
+    out = ToLabelMapd(ORGANS, activation, transform, probabilities=True)(data)
+    activate = partial(torch.softmax, dim=0) if activation == "softmax" else torch.sigmoid
+    expected = by_monai(data, transform, activate)
+    torch.testing.assert_close(out["prob"].as_tensor(), expected.as_tensor().half(), atol=5e-4, rtol=0)
+    found = out["pred"].as_tensor()[0]
+    if activation == "softmax":
+        assert torch.equal(found, expected.as_tensor().argmax(0).byte())
+    else:
+        assert torch.equal(found, label_map(list(expected.as_tensor() > 0.5), ORGANS)[0])
+
+
+def test_a_sheared_header_is_inverted_by_monai(tmp_path):
+    """Resampling straightens its axes, so that one axis of the grid crosses several of the file."""
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    affine[0, 1] = 0.2
+    path = write_nifti(tmp_path / "scan.nii.gz", np.full((30, 34, 26), 50, np.float32), affine)
+    load, turn, *rest = preprocessing().transforms
+    data = Compose([load, turn, *resampled(1.6, 1.4, 2.1), *rest])({"image": str(path)})
+    assert find_way_back(data["image"]) is None
 
 
 def test_flips_are_averaged():

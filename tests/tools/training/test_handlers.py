@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.data import DataLoader
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 
@@ -17,6 +18,7 @@ from tools.training.handlers import (
     SaveCheckpoints,
     StopOnBadLoss,
     ValidateEpochs,
+    ValidationSchedule,
 )
 from tools.weights.checkpoints import newest_checkpoint
 
@@ -42,7 +44,7 @@ def engines(epochs=3):
 
 def test_metrics_csv_has_one_row_per_epoch(tmp_path):
     trainer, validator = engines()
-    ValidateEpochs(validator, 2).attach(trainer)
+    ValidateEpochs(validator, ValidationSchedule(4, 1)).attach(trainer)
     MetricsCSV(tmp_path / "metrics.csv", validator).attach(trainer)
     trainer.run()
     assert read_metrics(tmp_path / "metrics.csv") == [
@@ -62,14 +64,91 @@ def test_the_progress_bar_comes_back_in_another_round(capsys):
         trainer.state.epoch = trainer.state.iteration = 0
 
 
-@pytest.mark.parametrize(("interval", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (10, [5])])
-def test_the_last_epoch_is_always_validated(interval, expected):
-    trainer, validator = engines(epochs=5)
-    ValidateEpochs(validator, interval).attach(trainer)
+def validated_epochs(trainer, validator, schedule):
+    """Run, with as many as are asked for."""
+    ValidateEpochs(validator, schedule).attach(trainer)
     seen = []
     validator.add_event_handler(Events.COMPLETED, lambda: seen.append(validator.state.epoch))
     trainer.run()
-    assert seen == expected
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 2, 3, 4, 5]), (3, [2, 4, 5]), (4, [2, 4, 5]), (20, [5])]
+)
+def test_validations_are_so_many_steps_apart_and_the_last_epoch_has_one(interval, expected):
+    assert validated_epochs(*engines(epochs=5), ValidationSchedule(interval, 1)) == expected
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time in which a training step takes 1 s, and a validation 2 s."""
+    now = [0.0]
+    monkeypatch.setattr("tools.training.handlers.time.monotonic", lambda: now[0])
+
+    def run(trainer, validator, schedule):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: now.__setitem__(0, now[0] + 1))
+        validator.add_event_handler(Events.ITERATION_COMPLETED, lambda: now.__setitem__(0, now[0] + 2))
+        return validated_epochs(trainer, validator, schedule)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(1, [*range(1, 11)]), (0.4, [1, 3, 5, 6, 8, 9, 10]), (0.25, [1, 6, 9, 10]), (0, [1, 10])],
+)
+def test_validations_take_no_more_than_their_share_of_the_time(clock, share, expected):
+    """After 2 n steps of training and v validations: 2 (v + 1) seconds of 2 n + 2 (v + 1)."""
+    assert clock(*engines(epochs=10), ValidationSchedule(1, share)) == expected
+
+
+def test_a_resumed_schedule_goes_on_where_it_was(clock):
+    whole = ValidationSchedule(3, 0.3)
+    expected, state = clock(*engines(epochs=12), whole), whole.state_dict()
+    first = ValidationSchedule(3, 0.3)
+    trainer, validator = engines(epochs=12)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=5), lambda engine: engine.terminate())
+    start = clock(trainer, validator, first)
+    rest = ValidationSchedule(3, 0.3)
+    again, validator = engines(epochs=12)
+    again.load_state_dict(trainer.state_dict())
+    again.add_event_handler(Events.STARTED, lambda: rest.load_state_dict(first.state_dict()))
+    assert start + clock(again, validator, rest) == expected
+    assert rest.state_dict() == pytest.approx(state)
+
+
+def test_every_round_of_a_federation_validates_as_the_first():
+    trainer, validator = engines(epochs=4)
+    schedule = ValidationSchedule(4, 1)
+    assert validated_epochs(trainer, validator, schedule) == [2, 4]
+    trainer.state.epoch = trainer.state.iteration = 0
+    seen = []
+    validator.add_event_handler(Events.COMPLETED, lambda: seen.append(validator.state.epoch))
+    trainer.run()
+    assert seen == [2, 4]
+
+
+def test_validations_leave_the_random_numbers_of_the_training_alone():
+    """A data loader draws a seed whenever it is iterated."""
+
+    def draws(interval):
+        torch.manual_seed(3)
+        trainer, _ = engines(epochs=4)
+        validator = FakeValidator("cpu", DataLoader([0, 1], batch_size=1), decollate=False)
+        ValidateEpochs(validator, ValidationSchedule(interval, 1)).attach(trainer)
+        drawn = []
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: drawn.append(float(torch.rand(()))))
+        trainer.run()
+        return drawn
+
+    assert len(draws(1)) == 8 and draws(1) == draws(100)
+
+
+@pytest.mark.parametrize(("interval", "share", "named"), [(0, 0.1, "val_interval"), (1, 1.5, "val_share")])
+def test_a_schedule_out_of_range_is_refused(interval, share, named):
+    with pytest.raises(ValueError, match=f"{named}: found"):
+        ValidationSchedule(interval, share)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
