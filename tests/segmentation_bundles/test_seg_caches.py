@@ -5,7 +5,6 @@ from __future__ import annotations
 import blosc2
 import pytest
 import torch
-from monai.data import set_rnd
 
 from .bundles import TINY
 
@@ -26,9 +25,8 @@ def batches(parse, samples, tmp_path):
         loader = parser.get_parsed_content(f"{part}#dataloader")
         drawn = []
         for epoch in range(2):
-            torch.manual_seed(epoch)
-            if workers == 0:
-                set_rnd(loader.dataset, epoch)  # as the handler SeedEpochs does
+            if part == "train":
+                loader.sampler.set_epoch(epoch)  # as the engine does
             drawn += list(loader)
         return drawn
 

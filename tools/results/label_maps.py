@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SlidingWindowInfererAdapt
 from monai.transforms import Invertd, Transform
 from monai.utils import convert_to_tensor
 from torch import Tensor
@@ -123,24 +121,3 @@ class ToLabelMapd(Transform):
             chosen = torch.maximum(chosen, larger * value)
             best = torch.maximum(best, probability)
         return chosen
-
-
-class FlippedInferer(SlidingWindowInfererAdapt):
-    """Sliding window that averages the network's output (logits) over all flips of a window along given axes.
-
-    Args:
-        axes: axes of the volume to flip, 0 to 2; n axes take 2ⁿ passes.
-        kwargs: arguments of `SlidingWindowInfererAdapt`.
-    """
-
-    def __init__(self, axes: Sequence[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.flips = [[2 + a for a in some] for n in range(len(axes) + 1) for some in combinations(axes, n)]
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """[B, C, H, W, D] → [B, K, H, W, D]."""
-
-        def mean_over_flips(window: Tensor) -> Tensor:
-            return sum(network(window.flip(dims)).flip(dims) for dims in self.flips) / len(self.flips)
-
-        return super().__call__(inputs, mean_over_flips, *args, **kwargs)

@@ -23,7 +23,7 @@ from image_files import write_nifti
 from tools.data.classes import label_map, label_values, own_values
 from tools.data.transforms import Above
 from tools.losses import class_masks
-from tools.results.label_maps import FlippedInferer, ToLabelMapd, ToMasksd
+from tools.results.label_maps import ToLabelMapd, ToMasksd
 from tools.results.way_back import find_way_back
 
 BRATS = {"TC": [1, 4], "WT": [1, 2, 4], "ET": [4]}
@@ -222,18 +222,3 @@ def test_a_sheared_header_is_inverted_by_monai(tmp_path):
     load, turn, *rest = preprocessing().transforms
     data = Compose([load, turn, *resampled(1.6, 1.4, 2.1), *rest])({"image": str(path)})
     assert find_way_back(data["image"]) is None
-
-
-def test_flips_are_averaged():
-    calls = []
-
-    def network(window):  # an output that depends on where in the window a voxel is
-        calls.append(1)
-        return window * torch.linspace(1, 2, 32).view(1, 1, 32, 1, 1)
-
-    image = torch.rand(1, 1, 32, 32, 32)
-    out = FlippedInferer(axes=[0, 2], roi_size=(32, 32, 32), sw_batch_size=1, overlap=0.5, mode="gaussian")(
-        image, network
-    )
-    assert len(calls) == 4
-    torch.testing.assert_close(out, image * 1.5)  # the mean of the ramp and its mirror image
