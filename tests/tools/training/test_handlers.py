@@ -11,6 +11,7 @@ from monai.engines.utils import IterationEvents
 
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, report_metrics
+from tools.training import handlers
 from tools.training.handlers import (
     BestWeights,
     MetricsCSV,
@@ -168,6 +169,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
         trainer.run()
     for part in (f"loss {value}", "step 1 (epoch 1)", "loss_pr 0.25", "/scans/a.nii.gz", "checkpoint_epoch=10.pt"):
         assert part in str(error.value)
+
+
+def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, monkeypatch):
+    """The device decides; here a tensor of the CPU says that it is elsewhere."""
+    read = []
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+        def isfinite(self):
+            read.append(1)
+            return super().isfinite()
+
+    trainer = FakeTrainer("cpu", 2, [0, 1, 2], decollate=False)
+    monkeypatch.setattr(handlers.time, "monotonic", lambda: 1000.0)  # time stands still after the first look
+
+    def step(engine, _batch):
+        number = engine.state.iteration
+        engine.state.batch = {"file": [f"/scans/{number}.nii.gz"]}
+        value = torch.tensor(float("nan") if number == 2 else 1.0).as_subclass(Elsewhere)
+        engine.state.output = [{"loss": value}]
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        assert len(read) == 1, "a step waited for the device"
+
+    trainer._process_function = step
+    StopOnBadLoss(tmp_path).attach(trainer)
+    SaveCheckpoints(str(tmp_path), {"trainer": trainer}, save_interval=1, n_saved=2).attach(trainer)
+    with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1\).*/scans/2\.nii\.gz.*no checkpoint"):
+        trainer.run()
+    assert trainer.state.iteration == 3  # the epoch ends, but nothing is saved after it
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(2, {2, 4, 5}), (5, {5}), (9, {5})])
