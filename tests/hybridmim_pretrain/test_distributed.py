@@ -130,5 +130,7 @@ def test_metrics_are_reduced_over_the_processes(trained, workflow, ct_scans, tmp
     (alone,) = read_metrics(tmp_path / "out/evaluation.csv")
     best = min(read_metrics(folder / "out/metrics.csv"), key=lambda row: float(row["val_loss"]))
     for name in ("masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_auroc"):
-        assert float(best[f"val_{name}"]) == pytest.approx(float(alone[name]), rel=1e-4), name
+        # batches of other sizes are rounded differently, which can move a score to the next bin of the AUROC
+        within = 1e-3 if name == "location_auroc" else 1e-4
+        assert float(best[f"val_{name}"]) == pytest.approx(float(alone[name]), rel=within), name
     assert float(best["val_retrieval_chance"]) == pytest.approx(1 / 3, rel=1e-4)  # four views of two crops
