@@ -102,7 +102,10 @@ def child(folder: str, plain: bool, roi: int) -> None:
         }
     )
     if plain:
-        parser["inferer#_target_"] = "SlidingWindowInferer"
+        parser["network"] = "$@network_def.to(@device)"
+        ours = ("amp", "device", "flip_axes")
+        window = {key: value for key, value in parser["inferer"].items() if key not in ours}
+        parser["inferer"] = {**window, "_target_": "SlidingWindowInferer"}
         parser["postprocessing#transforms"] = PLAIN + parser["postprocessing#transforms"][1:]
         for step in parser["preprocessing#transforms"]:
             if isinstance(step, dict) and step["_target_"] == "Spacingd":

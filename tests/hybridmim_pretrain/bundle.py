@@ -24,6 +24,7 @@ TINY = {
     "val_fraction": 0.34,
     **{"val_interval": 1, "val_share": 1},
     "checkpoint_interval": 1,
+    "log_interval": 1,
 }
 TINY_INFERENCE = {key: TINY[key] for key in ("unet_features", "roi_size", "region_size", "patch_size", "decode_size")}
 

@@ -107,7 +107,7 @@ def test_training_writes_checkpoints_that_hold_no_code(trained):
     assert written == {"model.pt", "backbone.pt"} | kept
     content = {name: torch.load(models / name, weights_only=True) for name in written}
     last = content[f"checkpoint_epoch={EPOCHS}.pt"]
-    assert set(last) == {"model", "optimizer", "lr_scheduler", "trainer", "random", "best"}
+    assert set(last) == {"model", "optimizer", "lr_scheduler", "trainer", "random", "best", "validation"}
     assert set(last["model"]) == set(content["model.pt"])
     losses = [float(row["val_loss"]) for row in read_metrics(trained[0] / "out/metrics.csv")]
     assert last["best"]["best"] == pytest.approx(min(losses), rel=1e-4)

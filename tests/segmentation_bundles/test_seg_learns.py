@@ -16,7 +16,7 @@ OPTIONS = {
     "roi_size": [32, 48, 32],
     "num_workers": 0,
 }
-EPOCHS = 60
+EPOCHS = 100
 
 
 @pytest.fixture(scope="module")

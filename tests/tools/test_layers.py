@@ -96,6 +96,31 @@ def test_the_attention_of_all_windows_is_never_kept():
     assert max(sizes) < 64 * 3 * 125**2 / 5
 
 
+def test_a_block_keeps_the_outputs_of_its_convolutions_alone():
+    """Those of 8 channels, and its input; not what norm and activation make of them."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    block = accelerate(BasicUNet(3, 1, 1, (8, 8, 8, 8, 8, 8))).conv_0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(torch.rand(1, 1, 12, 12, 12))
+    assert sum(tensor.numel() >= 8 * 12**3 for tensor in kept.values()) == 2
+    assert out.untyped_storage()._cdata not in kept
+
+
+def test_frozen_layers_and_single_gradients():
+    torch.manual_seed(0)
+    block = accelerate(BasicUNet(3, 1, 1, (8, 8, 8, 8, 8, 8))).conv_0
+    image = torch.rand(1, 1, 12, 12, 12, requires_grad=True)
+    expected = torch.autograd.grad(block(image).square().sum(), image)[0]
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(block(image).square().sum(), image)[0], expected)
+
+
 def test_dropout_drops_as_often_as_asked_and_keeps_the_mean():
     torch.manual_seed(0)
     layer = accelerate(nn.Dropout(0.1)).train()
