@@ -201,6 +201,22 @@ def test_unet_takes_two_steps(workflow, tmp_path, ct_scans, mr_scans, overlays, 
     check_results(tmp_path, BasicUNet(3, channels, channels, TINY["unet_features"]))
 
 
+def test_unet_takes_two_steps_in_bfloat16(workflow, tmp_path, ct_scans, monkeypatch):
+    """Slowly, where the processor has no instructions for it."""
+    monkeypatch.setattr(mixed_precision, "has_bfloat16", lambda device: True)
+    flow = workflow("train", ["train"], dataset_dir=str(ct_scans), **{**TINY, "epochs": 1, "warmup_epochs": 0})
+    seen = set()
+
+    def look(module, args, out):
+        if not out.is_meta:  # the estimate of the memory is for 32 bit
+            seen.add(out.dtype)
+
+    flow.network_def.backbone.down_1.register_forward_hook(look)
+    take_steps(flow, 2)
+    assert seen == {torch.bfloat16}  # in training and validation
+    check_results(tmp_path, BasicUNet(3, 1, 1, TINY["unet_features"]))
+
+
 def test_a_device_may_be_given_as_text(parse, ct_scans):
     parser = parse(["train", "small"], dataset_dir=str(ct_scans), device="cpu", cache="none", **TINY)
     assert parser.get_parsed_content("train#dataloader").pin_memory is False

@@ -13,6 +13,7 @@ from ignite.engine import Events
 from monai.networks.nets import ViT
 
 from tools.commands.check import check
+from tools.common import mixed_precision
 from tools.common.errors import root_cause
 from tools.common.windows import require_roi
 from tools.data.scans import ScanError
@@ -53,6 +54,21 @@ def test_pretrained_weights_are_in_the_network_that_trains(train, backbone):
     for name, tensor in trained.items():
         source = weights if is_encoder(name) else fresh
         assert torch.equal(tensor, source[name]), name
+
+
+def test_it_trains_and_validates_in_bfloat16(train, monkeypatch):
+    """Slowly, where the processor has no instructions for it."""
+    monkeypatch.setattr(mixed_precision, "has_bfloat16", lambda device: True)
+    run, seen = train(), {True: set(), False: set()}
+
+    def look(module, args, out):
+        if not out.is_meta:  # the estimate of the memory is for 32 bit
+            seen[module.training].add(out.dtype)
+
+    run.network_def.register_forward_hook(look)
+    run.run()
+    assert seen == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.network_def.parameters())
 
 
 def test_a_pretrained_vit_is_in_the_unetr_that_trains(workflow, samples, tmp_path):

@@ -55,6 +55,23 @@ def test_same_parameters_output_and_gradients(plain, checkpointing, monkeypatch)
         torch.testing.assert_close(fast.eval()(image), network.eval()(image))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_bfloat16_they_are_as_near_to_32_bit_as_the_plain_ones(name):
+    make, size = NETWORKS[name]
+    torch.manual_seed(0)
+    network, image = make(), torch.rand(1, 1, *size)
+
+    def gradients(network, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = network(image)
+        (out.float() - image).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    exact = gradients(deepcopy(network), False)
+    plain, fast = (gradients(n, True) for n in (deepcopy(network), accelerate(deepcopy(network))))
+    assert (fast - exact).norm() < 1.2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("size", [(5, 6, 7), (1, 2, 3)])
 def test_the_weight_gradient_is_that_of_the_convolution(size):
     torch.manual_seed(0)

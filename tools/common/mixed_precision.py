@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def _flags() -> Mapping[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
+@cache  # a run asks several times
 def _without(choice: str, device: torch.device, reason: str) -> torch.dtype:
     name = _flags().get("cpu_name", "this CPU") if device.type == "cpu" else device.type
-    logger.warning("amp: %s is not possible on %s (%s): training in 32 bit", choice, name, reason)
+    logger.warning("amp: %s is not possible on %s (%s): computing in 32 bit", choice, name, reason)
     return torch.float32
 
 

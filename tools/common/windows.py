@@ -39,13 +39,26 @@ class SlidingWindow(SlidingWindowInfererAdapt):
         device: the network's.
         flip_axes: axes of the volume, 0 to 2; the network's output (logits) is averaged over all flips along them,
             which takes 2ⁿ passes for n axes.
-        kwargs: arguments of `SlidingWindowInfererAdapt`.
+        overlap: of neighbouring windows, as a fraction of their size, 0 or more and less than 1.
+        kwargs: other arguments of `SlidingWindowInfererAdapt`.
+
+    Raises:
+        ValueError: `amp`, `flip_axes` or `overlap` is out of range.
     """
 
     def __init__(
-        self, amp: str | bool, device: str | torch.device, flip_axes: Sequence[int] = (), **kwargs: Any
+        self,
+        amp: str | bool,
+        device: str | torch.device,
+        flip_axes: Sequence[int] = (),
+        overlap: float = 0.5,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        if not isinstance(flip_axes, Sequence) or len({*flip_axes} & {0, 1, 2}) < len(flip_axes):
+            raise ValueError(f"flip_axes: found {flip_axes!r}, expected a list of different axes, 0 to 2")
+        if not 0 <= overlap < 1:  # MONAI checks it when the first scan is there
+            raise ValueError(f"overlap: found {overlap}, expected a fraction of a window, 0 or more and less than 1")
+        super().__init__(overlap=overlap, **kwargs)
         self.autocast = autocast(amp, device)
         axes = [2 + axis for axis in flip_axes]
         self.flips = [dims for n in range(len(axes) + 1) for dims in combinations(axes, n)]

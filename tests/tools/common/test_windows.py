@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tools.common.windows import SlidingWindow
@@ -20,3 +21,11 @@ def test_flips_are_averaged():
     )(image, network)
     assert len(calls) == 4
     torch.testing.assert_close(out, image * 1.5)  # the mean of the ramp and its mirror image
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("flip_axes", [3]), ("flip_axes", [0, 0]), ("flip_axes", 1), ("overlap", 1.0), ("overlap", -0.1)]
+)
+def test_what_no_window_can_do_is_refused_at_once(key, value):
+    with pytest.raises(ValueError, match=f"{key}: found"):
+        SlidingWindow("off", "cpu", roi_size=(32, 32, 32), **{key: value})
