@@ -15,6 +15,7 @@ from monai.networks.blocks.dynunet_block import UnetResBlock
 from monai.networks.nets.basic_unet import TwoConv, UpCat
 from monai.networks.nets.swin_unetr import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 MEANS = ("norm", "deconvolution", "weight_gradient", "dropout", "attention", "padding", "activations")
@@ -186,13 +187,15 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, *parameters = ctx.saved_tensors
+        # Leaves of their own, so that hooks on the parameters are called once, by the pass that this is a part of.
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        image, *parameters = leaves
+        image.requires_grad_()
+        names = [name for name, _ in ctx.layer.named_parameters()]
         with torch.enable_grad():
-            image = image.detach().requires_grad_()
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
-            first, *others = torch.autograd.grad(ctx.layer(image), [image, *trained], gradient)
-        found = iter(others)
-        return first, None, *(next(found) if parameter.requires_grad else None for parameter in parameters)
+            again = functional_call(ctx.layer, dict(zip(names, parameters, strict=True)), image)
+        torch.autograd.backward(again, gradient)
+        return image.grad, None, *(parameter.grad for parameter in parameters)
 
 
 class FastWindowAttention(WindowAttention):

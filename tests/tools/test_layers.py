@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tools import layers
 from tools.layers import MEANS, FastConv3d, FastDropout, accelerate, weight_gradient
@@ -136,6 +138,21 @@ def test_frozen_layers_and_single_gradients():
     for parameter in block.parameters():
         parameter.requires_grad_(False)
     torch.testing.assert_close(torch.autograd.grad(block(image).square().sum(), image)[0], expected)
+
+
+def test_hooks_on_the_parameters_are_called_once():
+    """By the pass of the user, not by those that compute features again; so FLOPs can be counted as well."""
+    block = accelerate(BasicUNet(3, 1, 1, (8, 8, 8, 8, 8, 8))).conv_0
+    calls: dict[str, int] = {name: 0 for name, _ in block.named_parameters()}
+
+    def count(name, gradient):
+        calls[name] += 1
+
+    for name, parameter in block.named_parameters():
+        parameter.register_hook(partial(count, name))
+    with FlopCounterMode(display=False):
+        block(torch.rand(1, 1, 12, 12, 12)).square().sum().backward()
+    assert set(calls.values()) == {1}
 
 
 def test_dropout_drops_as_often_as_asked_and_keeps_the_mean():
