@@ -24,6 +24,8 @@ from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, config_files, hounsfield
 TERMS = ["loss", "loss_pr", "loss_num", "loss_loc", "loss_con", "loss_cl"]
 METRICS = ["masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_accuracy"]
 METRICS += ["location_majority", "location_auroc", "retrieval_accuracy", "retrieval_chance"]
+FEATURES = [f"{factor}_variance_{stride}" for stride in (1, 2, 4, 8, 16) for factor in ("scan", "mask")]
+METRICS += [*FEATURES, "scan_retrieval", "mask_retrieval", "scan_mask_chance"]
 EPOCHS = 3
 
 
@@ -79,7 +81,8 @@ def test_training_writes_one_row_of_metrics_per_epoch(trained):
 def test_training_writes_pictures_and_tensorboard_events(trained):
     out = trained[0] / "out"
     pictures = sorted(path.name for path in (out / "figures").iterdir())
-    assert pictures == [f"reconstruction_epoch={epoch:04d}.png" for epoch in range(1, EPOCHS + 1)]
+    kinds = ("features", "reconstruction")
+    assert pictures == [f"{kind}_epoch={epoch:04d}.png" for kind in kinds for epoch in range(1, EPOCHS + 1)]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in (out / "figures").iterdir())
 
     # two curves of one name, which TensorBoard shows beside each other because their folders differ

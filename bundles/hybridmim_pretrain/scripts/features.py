@@ -28,7 +28,8 @@ from tools.results.figures import features_figure
 from .backbones import pooled
 
 SCANS = 4  # of a batch, each under as many masks
-MASK_CODE = 0.8  # share of the variance by masks from which on an encoder is called a code of the mask
+MASK_CODE = 0.8  # share of the variance above which an encoder is called a code of the mask; before training: 0.63
+CODED = 4  # stride from which on levels are judged; above, features see little more than their own voxels
 PICTURED = (2, 4, 8)  # strides of the levels in the picture
 
 
@@ -131,12 +132,15 @@ class FeatureStudy:
         sums = idist.all_reduce(sums.to(idist.device(), torch.float32)).cpu()
         metrics = {name: float(total / sums[-1]) for name, total in zip(names, sums[:-1], strict=True)}
         validator.state.metrics.update(metrics)
-        deepest = max(int(name.rpartition("_")[2]) for name in names if name.startswith("mask_variance"))
-        share, scan = metrics[f"mask_variance_{deepest}"], metrics[f"scan_variance_{deepest}"]
+        levels = [name.rpartition("_")[2] for name in names if name.startswith("mask_variance")]
+        stride = max(
+            (s for s in levels if int(s) >= CODED), key=lambda s: metrics[f"mask_variance_{s}"], default=levels[-1]
+        )
+        share, scan = metrics[f"mask_variance_{stride}"], metrics[f"scan_variance_{stride}"]
         if share > MASK_CODE and not self.said and idist.get_rank() == 0:
             self.said = True
             tqdm.write(
-                "WARNING: the encoder has become a code of the mask: of the variance of its deepest features, "
+                f"WARNING: the encoder has become a code of the mask: of the variance of its features at 1/{stride}, "
                 f"{share:.0%} follows the masks and {scan:.0%} the scans. Pre-training is for features of anatomy: "
                 "take mask_fill: foreign, so that masked patches have no value of their own, views: other_masks, or "
                 "lower weight_num, weight_loc, weight_con and weight_cl"
