@@ -156,7 +156,8 @@ def test_evaluation_inside_the_bundle_repeats_the_best_validation(trained, run_b
     for name in ("loss_pr", "masked_mse", "mean_mse", "number_accuracy", "location_auroc"):
         assert float(found[name]) == pytest.approx(float(best[f"val_{name}"]), rel=1e-4), name
         assert f"{name} " in done.stdout
-    assert len(list((inside / "eval/figures/evaluation").glob("*.png"))) == 1
+    pictures = {path.name for path in (inside / "eval/figures/evaluation").iterdir()}
+    assert pictures == {f"{kind}_epoch=0001.png" for kind in ("features", "reconstruction")}
     assert not (inside / "eval/metrics.csv").exists()
 
 
@@ -186,6 +187,7 @@ def inferred(trained, run_bundle, turned_scans, tmp_path_factory):
         dataset_dir=turned_scans,
         output_dir=folder,
         ckpt_path=trained[0] / "models/model.pt",
+        mask_fill="zero",  # shows in the files what was masked
         **TINY_INFERENCE,
     )
     return folder

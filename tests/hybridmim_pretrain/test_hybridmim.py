@@ -186,6 +186,14 @@ def test_the_views_of_a_batch_in_evaluation_have_other_masks_too():
     torch.testing.assert_close(*step(image, mask[:1].expand_as(mask)).views)
 
 
+def test_a_single_crop_of_a_process_has_its_mirrored_mask_in_the_second_view():
+    backbone, geometry = unet(dropout=0.0)
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, mask_fill="zero", views="other_masks").train()
+    image, mask = batch_of(geometry, 1)
+    seen = apply_mask(image, mask.flip(2, 3, 4), "zero")
+    torch.testing.assert_close(step(image, mask).views[1], step.network_def.project(backbone.encode(seen)[-1]))
+
+
 def test_unknown_views_are_refused():
     backbone, geometry = unet()
     with pytest.raises(ValueError, match="views: found 'crops', expected one of other_masks, dropout"):

@@ -139,10 +139,9 @@ def test_what_stands_in_masked_patches():
     other = apply_mask(image, mask, "foreign", shift=2)
     assert torch.equal(other[hidden], image[[2, 3, 0, 1]][hidden])
     assert torch.equal(apply_mask(image, mask, "foreign", shift=-1)[hidden], image[[1, 2, 3, 0]][hidden])
-    # alone in its batch, a scan has nothing but itself
-    assert torch.equal(
-        apply_mask(image[:2], mask[:2], "foreign", shift=2)[hidden[:2]], image[:2].flip(2, 3, 4)[hidden[:2]]
-    )
+    # two crops of the only scan, and a single crop
+    assert torch.equal(apply_mask(image[:2], mask[:2], "foreign", shift=2)[hidden[:2]], image[[1, 0]][hidden[:2]])
+    assert torch.equal(apply_mask(image[:1], mask[:1], "foreign")[hidden[:1]], image[:1].flip(2, 3, 4)[hidden[:1]])
     for number in range(4):
         for channel in range(2):
             inside = hidden[number, channel]

@@ -70,8 +70,6 @@ def start_pretraining(
     _check_backbone(step.network_def, backbone)
     crops = min(crops, len(training) // world_size * crops_per_volume)
     _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
-    if isinstance(step, PretrainStep):
-        _check_other(step, crops)
     resumed = require_resumable(resume_from, step.network_def) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember)
     cached = require_cache_room(scans, cache, cache_dir, spacing)
@@ -119,18 +117,4 @@ def _check_batch(training: int, validation: int, crops: int, world_size: int, co
         raise ValueError(
             f"batch_size × crops_per_volume × processes is {crops} crop: the contrastive term has nothing to compare "
             "it with; expected at least 2 (raise batch_size or crops_per_volume), or, for HybridMIM, --weight_cl 0"
-        )
-
-
-def _check_other(step: PretrainStep, crops: int) -> None:
-    """A foreign fill needs another scan in the batch, and views under other masks need another crop."""
-    if step.mask_fill == "foreign" and crops <= step.crops_per_volume:
-        raise ValueError(
-            f"mask_fill: found foreign, and {crops} crop(s) of one scan in the batch of each process; patches are "
-            "filled from another scan, so expected a batch_size of at least 2, or --mask_fill zero, mean or noise"
-        )
-    if step.contrastive and step.views == "other_masks" and crops < 2:
-        raise ValueError(
-            "views: found other_masks, and 1 crop in the batch of each process; the second view has the mask of "
-            "another crop, so expected a batch_size of at least 2, or --views dropout, or --weight_cl 0"
         )

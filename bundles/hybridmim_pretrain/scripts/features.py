@@ -23,6 +23,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tools.common.mixed_precision import autocast
 from tools.results.figures import features_figure
 
 from .backbones import pooled
@@ -97,32 +98,37 @@ class FeatureStudy:
         step: the training step; one without `encode` (MAE, SimMIM) is passed over, one without masks (SimCLR) drawn.
         crops_per_volume: crops of one scan that follow each other in a batch.
         figure_dir: folder of the pictures, `features_epoch=N.png`.
+        amp: precision, as in `amp_dtype`.
     """
 
-    def __init__(self, step: nn.Module, crops_per_volume: int, figure_dir: str | Path) -> None:
+    def __init__(self, step: nn.Module, crops_per_volume: int, figure_dir: str | Path, amp: str | bool) -> None:
         self.step = step
+        self.amp = amp
         self.crops_per_volume = crops_per_volume
         self.figure_dir = Path(figure_dir)
         self.said = False
+        self.found: dict[str, float] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to the validator."""
         if hasattr(self.step, "encode"):
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
+            engine.add_event_handler(Events.COMPLETED, self._add)  # after the other metrics
 
     def __call__(self, validator: Engine) -> None:
         """Study the first batch of this validation."""
         (output,) = validator.state.output
         image, mask = output["image"], output["mask"]
-        if mask is not None:
-            each = slice(None, SCANS * self.crops_per_volume, self.crops_per_volume)  # one crop of each scan
-            found = study_features(self.step, image[each], mask[each]) if len(image[each]) > 1 else {}
-            self._note(validator, found)
-        if idist.get_rank() == 0:
-            self._draw(validator, image[:1], mask)
+        each = slice(None, SCANS * self.crops_per_volume, self.crops_per_volume)  # one crop of each scan
+        some = mask is not None and len(image[each]) > 1
+        with autocast(self.amp, image.device):
+            self.found = study_features(self.step, image[each], mask[each]) if some else {}
+            if idist.get_rank() == 0:
+                self._draw(validator, image[:1])
 
-    def _note(self, validator: Engine, found: dict[str, float]) -> None:
+    def _add(self, validator: Engine) -> None:
         """The mean over the processes whose batch has two scans."""
+        found = self.found
         names = [*found]
         for other in idist.all_gather(",".join(names)) if idist.get_world_size() > 1 else ():
             names = names or [name for name in other.split(",") if name]
@@ -146,7 +152,7 @@ class FeatureStudy:
                 "lower weight_num, weight_loc, weight_con and weight_cl"
             )
 
-    def _draw(self, validator: Engine, image: Tensor, mask: Tensor | None) -> None:
+    def _draw(self, validator: Engine, image: Tensor) -> None:
         network = self.step.network_def.backbone
         with torch.no_grad():
             features = network.encode(image)

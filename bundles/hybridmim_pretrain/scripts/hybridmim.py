@@ -22,7 +22,7 @@ from tools.losses import Prediction
 
 from .backbones import Backbone, Box, dropout_active, pooled, whole
 from .gathering import gather
-from .masking import Geometry, RandPatchMaskd, apply_mask, require_fill
+from .masking import Geometry, RandPatchMaskd, another, apply_mask, require_fill
 
 VIEWS = ("other_masks", "dropout")
 
@@ -149,7 +149,7 @@ class PretrainStep(nn.Module):
         """Two projections [N, E] of each crop; the second has no gradient through the encoder."""
         backbone, project = self.network_def.backbone, self.network_def.project
         if self.views == "other_masks":
-            other = self.hide(image, mask.roll(1, 0), shift=-1)
+            other = self.hide(image, another(mask), shift=-1)
 
         def again() -> Tensor:
             if self.views == "other_masks":
@@ -180,7 +180,8 @@ class PretrainStep(nn.Module):
         return [
             (
                 "masking",
-                f"{mask.describe()}; regions of {size_text(g.region_size)}; decoded box {size_text(g.decode_size)}",
+                f"{mask.describe()}, filled with {self.mask_fill}; regions of {size_text(g.region_size)}; "
+                f"decoded box {size_text(g.decode_size)}",
             )
         ]
 

@@ -81,14 +81,13 @@ def apply_mask(image: Tensor, mask: Tensor, fill: str = "zero", shift: int = 1) 
             gives it away; `zero`, as published; `mean`: of the crop's visible voxels; `noise`: of their mean and
             standard deviation.
         shift: with `foreign`, which other crop: so many back in the batch. Crops of one scan follow each other, so the
-            number of crops per scan leads to another scan. A batch that is not longer takes the crop's mirror image.
+            number of crops per scan leads to another scan.
     """
     hidden = expand_mask(mask, image.shape[2:])
     if fill == "zero":
         return torch.where(hidden, 0.0, image)
     if fill == "foreign":
-        other = image.roll(shift, 0) if abs(shift) < len(image) else image.flip(2, 3, 4)
-        return torch.where(hidden, other, image)
+        return torch.where(hidden, another(image, shift), image)
     visible = scan_voxels(image) & ~hidden
     count = visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
     mean = (image * visible).sum((2, 3, 4), keepdim=True) / count
@@ -96,6 +95,16 @@ def apply_mask(image: Tensor, mask: Tensor, fill: str = "zero", shift: int = 1) 
         return torch.where(hidden, mean, image)
     deviation = (((image - mean) ** 2 * visible).sum((2, 3, 4), keepdim=True) / count).sqrt()
     return torch.where(hidden, mean + deviation * torch.randn_like(image), image)
+
+
+def another(batch: Tensor, shift: int = 1) -> Tensor:
+    """For each entry of a batch [B, C, …] another one: `shift` back; the one before if the batch is of one scan.
+
+    A single entry has its mirror image.
+    """
+    if len(batch) == 1:
+        return batch.flip(2, 3, 4)
+    return batch.roll(shift if abs(shift) < len(batch) else 1, 0)
 
 
 def require_fill(fill: object) -> str:
