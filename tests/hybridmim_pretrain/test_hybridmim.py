@@ -178,6 +178,13 @@ def test_the_second_view_has_another_mask_and_another_fill():
         torch.testing.assert_close(view, step.network_def.project(backbone.encode(seen)[-1]))
 
 
+def test_a_fill_is_never_from_another_crop_of_one_scan():
+    backbone, geometry = unet()
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, mask_fill="foreign", crops_per_volume=2).train()
+    image, mask = batch_of(geometry, 4)
+    assert torch.equal(step(image, mask).visible, apply_mask(image, mask, "foreign", shift=2))
+
+
 def test_the_views_of_a_batch_in_evaluation_have_other_masks_too():
     backbone, geometry = unet(dropout=0.0)
     step = PretrainStep(HybridMIM(backbone, geometry), geometry, views="other_masks").eval()
