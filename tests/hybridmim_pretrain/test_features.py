@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
 from scripts.backbones import UNetBackbone
-from scripts.features import colours, nearest_is_same, study_features, variance_shares
+from scripts.features import FeatureStudy, colours, nearest_is_same, study_features, variance_shares
 from scripts.hybridmim import HybridMIM, PretrainStep
 from scripts.masking import Geometry, RandPatchMaskd
 from tools.losses import expand_mask
@@ -84,3 +85,35 @@ def test_colours_are_the_first_principal_components():
     blocks = found.view(3, 3, 4, 8, 8).transpose(0, 1).flatten(2)  # [blocks, colours, voxels]
     assert all((block == block[:, :1]).all() for block in blocks)
     assert len({tuple(block[:, 0].tolist()) for block in blocks}) == 3
+
+
+class OfMasks(PretrainStep):
+    """Its features are the mask and nothing else."""
+
+    def encode(self, image, mask):
+        return Encoder(0, 1).encode(image, mask)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(OfMasks, 1), (PretrainStep, 0)])
+def test_a_code_of_the_mask_is_said_once(batch, capsys, tmp_path, kind, times):
+    image, mask = batch
+    step = kind(HybridMIM(UNetBackbone(1, (4, 4, 8, 8, 8, 4)), GEOMETRY), GEOMETRY, mask_fill="foreign").eval()
+    validator = Engine(lambda engine, data: [{"image": image, "mask": mask}])
+    FeatureStudy(step, 1, tmp_path, "off").attach(validator)
+    for _ in range(3):
+        validator.run([{"file": ["a.nii.gz"] * 4, "spacing": torch.ones(4, 3)}])
+    printed = capsys.readouterr().out
+    assert printed.count("the encoder has become a code of the mask") == times
+    assert ("features at 1/8, 100% follows the masks and 0% the scans" in printed) == bool(times)
+    assert validator.state.metrics["scan_mask_chance"] == 0.25
+    assert (tmp_path / "features_epoch=0001.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_single_scan_has_no_shares_but_a_picture(batch, tmp_path):
+    image, mask = (part[:1] for part in batch)
+    step = PretrainStep(HybridMIM(UNetBackbone(1, (4, 4, 8, 8, 8, 4)), GEOMETRY), GEOMETRY).eval()
+    validator = Engine(lambda engine, data: [{"image": image, "mask": mask}])
+    FeatureStudy(step, 1, tmp_path, "off").attach(validator)
+    validator.run([{"file": ["a.nii.gz"], "spacing": torch.ones(1, 3)}])
+    assert not validator.state.metrics
+    assert (tmp_path / "features_epoch=0001.png").exists()
