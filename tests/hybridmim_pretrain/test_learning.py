@@ -45,6 +45,8 @@ def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans,
         val_interval=1000,
         epochs=8,
         learning_rate=0.006,
+        views="dropout",  # under other masks the views take longer to learn
+        weight_cl=0.1,
     )
     flow.run()
     rows = read_metrics(tmp_path / "out/metrics.csv")
@@ -63,11 +65,11 @@ def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans,
 
 @pytest.mark.slow  # the test above sees the term learn, too
 def test_the_contrastive_term_learns_on_sample_scans(workflow, tmp_path):
-    """With the settings of the quickstart, for 8 epochs."""
+    """With the settings of the quickstart and the published ones, for 8 epochs."""
     sample_data(str(tmp_path / "ct"), "ct_abdomen", cases=16)
     workflow(
         "train",
-        ["train", "small"],
+        ["train", "small", "published"],
         dataset_dir=str(tmp_path / "ct/imagesTr"),
         batch_size=2,
         crops_per_volume=3,

@@ -88,7 +88,8 @@ def test_inference_shows_the_scan_as_training_does(parse, ct):
     np.testing.assert_array_equal(scan[box], np.asarray(training))
     assert (scan > 0).sum() == training.numel()
     hidden = np.asarray(prepared["mask"])[0].repeat(8, 0).repeat(8, 1).repeat(8, 2)
-    np.testing.assert_array_equal(np.asarray(prepared["image"])[0], np.where(hidden, 0, scan[0]))
+    mirrored = scan[0, ::-1, ::-1, ::-1]
+    np.testing.assert_array_equal(np.asarray(prepared["image"])[0], np.where(hidden, mirrored, scan[0]))
 
 
 def test_what_is_padding_changes_no_loss(parse):
@@ -111,7 +112,7 @@ def test_what_is_padding_changes_no_loss(parse):
 
 def test_the_published_weights_of_the_terms(parse):
     """arXiv 2303.10333: 1, 0.1, 0.1, 0.01, 0.1."""
-    weights = parse(["train"], **TINY).get_parsed_content("loss").weights
+    weights = parse(["train", "published"], **TINY).get_parsed_content("loss").weights
     assert weights == {"loss_pr": 1.0, "loss_num": 0.1, "loss_loc": 0.1, "loss_con": 0.01, "loss_cl": 0.1}
 
 
