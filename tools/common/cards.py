@@ -80,7 +80,9 @@ def read_card(weights: str | Path) -> dict[str, Any] | None:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CardError(f"{path}: found no JSON ({error}), expected the card of {Path(weights).name}; {way_out}") from error
+        raise CardError(
+            f"{path}: found no JSON ({error}), expected the card of {Path(weights).name}; {way_out}"
+        ) from error
     number = card.get("format") if isinstance(card, dict) else None
     if type(number) is not int or number < 1:
         raise CardError(f"{path}: format: found {number!r}, expected {FORMAT} in the card of weights; {way_out}")

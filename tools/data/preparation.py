@@ -117,7 +117,9 @@ def prepare_as_trained(own: Preparation, ckpt_path: str | Path, preparation: str
     before = card["preparation"]
     differences = _differences(own.plain(), before)
     if preparation == "own":
-        warnings = [("WARNING", f"{what}: {here} here, {there} in training ({source})") for what, here, there in differences]
+        warnings = [
+            ("WARNING", f"{what}: {here} here, {there} in training ({source})") for what, here, there in differences
+        ]
         return _saying(own, f"of this config: {_text(own.plain())}", warnings)
     unused = [("", f"not this config's {what}, {here} (--preparation own)") for what, here, _ in differences]
     return _saying(_of_card(source, before), f"as in training ({source}): {_text(before)}", unused)
@@ -156,13 +158,15 @@ def _of_card(path: Path, plain: Mapping[str, Any]) -> Preparation:
             _require_numbers("spacing", plain["spacing"], 3)
         above = plain["foreground_above"]
         if isinstance(above, str):
-            raise ValueError(f"foreground_above: found {above!r}, expected a number, or null for the voxels that are not 0")
+            raise ValueError(
+                f"foreground_above: found {above!r}, expected a number, or null for the voxels that are not 0"
+            )
         foreground = Nonzero() if above is None else Above(above)
         return Preparation(plain["spacing"], _intensity(plain["intensity"]), foreground)
     except ValueError as error:
         raise CardError(
-            f"{path}: preparation.{error}; it cannot be taken over: set spacing, intensity and foreground in a config, with "
-            "--preprocessing own in training, --preparation own in evaluation and inference"
+            f"{path}: preparation.{error}; it cannot be taken over: set spacing, intensity and foreground in a config, "
+            "with --preprocessing own in training, --preparation own in evaluation and inference"
         ) from error
 
 
@@ -172,7 +176,10 @@ def _intensity(plain: Mapping[str, Any]) -> Transform:
         return NormalizeIntensityd("image", nonzero=True, channel_wise=True)
     if scaling not in ("window", "percentiles"):
         raise ValueError(f"intensity.scaling: found {scaling!r}, expected window, percentiles or z_score")
-    ends = [*_require_numbers("intensity.range", plain.get("range"), 2), *_require_numbers("intensity.to", plain.get("to"), 2)]
+    ends = [
+        *_require_numbers("intensity.range", plain.get("range"), 2),
+        *_require_numbers("intensity.to", plain.get("to"), 2),
+    ]
     if scaling == "window":
         return ScaleIntensityRanged("image", *ends, clip=True)
     return ScaleIntensityRangePercentilesd("image", *ends, clip=True, channel_wise=True)

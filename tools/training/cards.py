@@ -40,5 +40,9 @@ def training_card(
         "roi_size": list(roi_size),
         **more,
         "scans": scans,
-        "versions": {"bundle": f"{meta['name']} {meta['version']}", "torch": torch.__version__, "monai": monai.__version__},
+        "versions": {
+            "bundle": f"{meta['name']} {meta['version']}",
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+        },
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.common.cards import card_path, read_card, require_own
-from tools.weights.networks import describe_network, different, network_text, sizes_to_type
+from tools.weights.networks import describe_network, different, network_text, way_to
 
 # keys of the weights in training checkpoints: ours and MONAI's, most others, nnU-Net, and self-distillation
 CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
@@ -89,10 +89,10 @@ def require_card(path: str | Path, state: Mapping[str, Tensor], network: nn.Modu
         return
     require_own(path, card, state)
     expected = describe_network(network)
-    if other := different(card["network"], expected):
+    if different(card["network"], expected):
         raise WeightsError(
-            f"{card_path(path)}: network: found a {network_text(card['network'])}, this config builds a "
-            f"{network_text(expected)}. Choose the overlays and sizes of its training: {sizes_to_type(other)}"
+            f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
+            f"{network_text(expected)}, which this config builds; {way_to(card['network'], expected)}"
         )
 
 

@@ -14,17 +14,18 @@ NETWORKS = {
     "UNETR": "vit.patch_embedding.patch_embeddings.weight",
     "ViT": "patch_embedding.patch_embeddings.weight",
 }
+OVERLAYS = ("configs/swin_unetr.yaml", "configs/unetr.yaml", "configs/small.yaml")
 ENCODERS = {"UNETR": "ViT"}  # network → the network that is its encoder
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Return `name`, `channels` (of the input) and sizes (by their config keys) of a network or of what it wraps."""
+    """Return `name`, and channels and sizes by their config keys, of a network or of the one inside it."""
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     for kind, first in NETWORKS.items():
         found = next((name for name in shapes if name.endswith(first)), None)
         if found is not None:
             own = {name.removeprefix(found.removesuffix(first)): shape for name, shape in shapes.items()}
-            return {"name": kind, "channels": own[first][1], **_sizes(kind, own, network)}
+            return {"name": kind, "in_channels": own[first][1], **_sizes(kind, own, network)}
     return {"name": type(network).__name__}
 
 
@@ -47,7 +48,7 @@ def _sizes(kind: str, shapes: Mapping[str, Any], network: nn.Module) -> dict[str
 
 
 def network_text(network: Mapping[str, Any]) -> str:
-    """A network in words, as in `UNet (channels 1, unet_features [16, 16, 32, 64, 128, 16])`."""
+    """A network in words, as in `UNet (in_channels 1, unet_features [16, 16, 32, 64, 128, 16])`."""
     return f"{network['name']} ({', '.join(f'{key} {value}' for key, value in network.items() if key != 'name')})"
 
 
@@ -62,6 +63,7 @@ def different(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str
     return {key: value for key, value in found.items() if key in expected and value != expected[key]}
 
 
-def sizes_to_type(different: Mapping[str, Any]) -> str:
-    """Differing sizes as options of the command line."""
-    return " ".join(f'--{key} "{value}"' for key, value in different.items() if key not in ("name", "channels"))
+def way_to(network: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """What to type so that a config that builds `expected` builds `network`."""
+    options = [f'--{key} "{value}"' for key, value in different(network, expected).items() if key != "name"]
+    return f"choose the overlays and sizes that it was trained with: {', '.join([*OVERLAYS, *options])}"

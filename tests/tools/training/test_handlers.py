@@ -244,13 +244,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 )
 def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
     network, validator = torch.nn.Linear(1, 1), Engine(lambda *_: None)
-    handler = BestWeights({"model.pt": network}, tmp_path, "score", lower_is_better)
+    handler = BestWeights({"model.pt": network}, tmp_path, {}, "score", lower_is_better)
     handler.attach(validator)
     for epoch, value in enumerate(values):
         torch.nn.init.constant_(network.weight, epoch)
         validator.state.metrics["score"] = value
         validator.fire_event(Events.COMPLETED)
         assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"] == kept[epoch]
-    again = BestWeights({}, tmp_path, "score", lower_is_better)
+    again = BestWeights({}, tmp_path, {}, "score", lower_is_better)
     again.load_state_dict(handler.state_dict())
     assert again.best == handler.best
