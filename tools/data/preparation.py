@@ -52,6 +52,19 @@ class Preparation:
             "foreground_above": {"Above": getattr(self.foreground, "threshold", None), "Nonzero": None}.get(name, name),
         }
 
+    def require_same(self, weights: str | Path) -> None:
+        """Check that scans were prepared in this way for these weights, if they have a card.
+
+        Raises:
+            CardError: the card says another preparation, is damaged or of a later version.
+        """
+        card, own = read_card(weights), self.plain()
+        if card is not None and card["preparation"] != own:
+            raise CardError(
+                f"resume: found {_text(own)}, expected {_text(card['preparation'])}, with which the run began "
+                f"({card_path(weights)}); resume it with the options and overlays of its first start"
+            )
+
 
 def prepare_training(
     spacing: Sequence[float] | None,

@@ -121,6 +121,7 @@ def start_finetuning(
     Raises:
         ScanError: cases are unusable.
         WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        CardError: the run to resume prepared scans in another way.
         OSError: the disk or the memory is too small for the cache.
         ValueError: the window does not fit the network, the classes do not fit the activation, or there are fewer
             cases than processes.
@@ -131,7 +132,7 @@ def start_finetuning(
         if found < world_size:
             raise ValueError(f"{found} {name} case(s) for {world_size} process(es); expected at least one for each")
     network = transfer.network
-    resumed = require_resumable(resume_from, network) if resume_from else None
+    resumed = require_resumable(resume_from, network, prepared) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember, label_values(classes))
     cached = require_cache_room(scans, cache, cache_dir, prepared.spacing, labels=True)
     memory = training_memory(network, torch.rand(crops, channels, *roi_size, device="meta"))

@@ -121,7 +121,7 @@ class TransferReport:
         tensors: one entry per tensor of the network, in its order.
         unused: number of unused tensors of the file, by module.
         rescaled: number of convolutions that were scaled to their initial norm.
-        origin: path and SHA-256 of the tensors of the file, for the card of the network that is trained from it.
+        origin: name and SHA-256 of the tensors of the file, for the card of the network that is trained from it.
         way: what to type to build the network that the card of the file names; empty without a card.
         heads: what became of the heads of pre-training; empty if they were not asked for.
     """
@@ -368,7 +368,7 @@ def _plan(
         fates.append(TensorFate(name, fate, why, asked))
     rescaled = _rescale(weights, expected, scale_free_convolutions(network)) if rescale else 0
     unused = dict(Counter(_short(name, match.prefix) for name in found if name not in set(names.values())))
-    origin = {"file": str(path), "sha256": digest(found) if card is None else card["sha256"]}
+    origin = {"file": Path(path).name, "sha256": digest(found) if card is None else card["sha256"]}
     if card is None:
         return weights, TransferReport(f"{path} looks like {describe(found)}", fates, unused, rescaled, origin)
     source, way = f"{path} is {network_text(card['network'])}", way_to(card["network"], own)

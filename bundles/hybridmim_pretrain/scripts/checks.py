@@ -68,13 +68,14 @@ def start_pretraining(
     Raises:
         ScanError: scans are unusable.
         WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        CardError: the run to resume prepared scans in another way.
         OSError: the disk or the memory is too small for the cache.
         ValueError: the batch or the number of scans is too small, or the backbone is not part of the trained network.
     """
     _check_backbone(step.network_def, backbone)
     crops = min(crops, len(training) // world_size * crops_per_volume)
     _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
-    resumed = require_resumable(resume_from, step.network_def) if resume_from else None
+    resumed = require_resumable(resume_from, step.network_def, prepared) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember)
     cached = require_cache_room(scans, cache, cache_dir, prepared.spacing)
 
