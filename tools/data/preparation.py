@@ -212,7 +212,9 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tupl
 
 
 def _text(plain: Mapping[str, Any]) -> str:
-    return f"{_spacing_text(plain['spacing'])}, {_intensity_text(plain['intensity'])}"
+    above = plain["foreground_above"]
+    foreground = "not 0" if above is None else f"above {above}"
+    return f"{_spacing_text(plain['spacing'])}, {_intensity_text(plain['intensity'])}, foreground {foreground}"
 
 
 def _spacing_text(spacing: Sequence[float] | None) -> str:

@@ -92,7 +92,7 @@ def require_card(path: str | Path, state: Mapping[str, Tensor], network: nn.Modu
     if different(card["network"], expected):
         raise WeightsError(
             f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
-            f"{network_text(expected)}, which this config builds; {way_to(card['network'], expected)}"
+            f"{network_text(expected)}, which this config builds. {way_to(card['network'], expected)}"
         )
 
 

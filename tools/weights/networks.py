@@ -66,4 +66,4 @@ def different(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str
 def way_to(network: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """What to type so that a config that builds `expected` builds `network`."""
     options = [f'--{key} "{value}"' for key, value in different(network, expected).items() if key != "name"]
-    return f"choose the overlays and sizes that it was trained with: {', '.join([*OVERLAYS, *options])}"
+    return f"Choose the overlays and sizes that it was trained with: {', '.join([*OVERLAYS, *options])}"

@@ -265,7 +265,7 @@ def load_start(network: nn.Module, backbone: nn.Module, init_from: str | None, r
         )
     weights, report = _plan(backbone, init_from, None, False, None)
     encoder = [tensor for tensor in report.tensors if is_encoder(tensor.name)]
-    _require(replace(report, tensors=encoder), 0.9)
+    _require(replace(report, tensors=encoder), 0.9, adjustable=False)
     own = {tensor.data_ptr() for tensor in backbone.state_dict().values()}
     heads = {name: tensor for name, tensor in network.state_dict().items() if tensor.data_ptr() not in own}
     found = {name: tensor for name, tensor in read_weights(init_from).items() if name in heads}
@@ -343,7 +343,7 @@ def _plan(
         if is_other_encoder(card["network"], own):
             raise WeightsError(
                 f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
-                f"{network_text(own)}, which this config builds; {way_to(card['network'], own)}"
+                f"{network_text(own)}, which this config builds. {way_to(card['network'], own)}"
             )
     expected = network.state_dict()
     match = match_names(found, expected)
@@ -467,8 +467,8 @@ def _short(name: str, prefix: str) -> str:
     return name if f"{module}." in (".", prefix) else ".".join(module.split(".")[:3])
 
 
-def _require(report: TransferReport, min_fraction: float) -> None:
-    """Refuse a file that fills too few tensors, or none.
+def _require(report: TransferReport, min_fraction: float, adjustable: bool = True) -> None:
+    """Refuse a file that fills too few tensors, or none; `adjustable`: the config has keys for what is requested.
 
     Raises:
         WeightsError: too few tensors can be filled; the message lists the others with the reasons.
@@ -480,22 +480,18 @@ def _require(report: TransferReport, min_fraction: float) -> None:
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
     raise WeightsError(
         f"{report.source}; it fills {report.filled} of the {report.asked} requested tensors, "
-        f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction)}"
+        f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction, adjustable)}"
     )
 
 
-def _advice(report: TransferReport, min_fraction: float) -> str:
+def _advice(report: TransferReport, min_fraction: float, adjustable: bool) -> str:
     decoder_asked = any(tensor.asked and part_of(tensor.name) == "decoder" for tensor in report.tensors)
     encoder = report.counts()["encoder"]
     filled = encoder.total() - encoder["left out"]
     if decoder_asked and filled and filled >= min_fraction * encoder.total():
         return "Its encoder fits: `--pretrained_parts encoder` loads that alone"
-    if report.way:
-        return f"{report.way[0].upper()}{report.way[1:]}; or accept fewer tensors with --pretrained_min_fraction"
-    return (
-        "Choose the network and sizes that the file was trained with (overlays such as configs/swin_unetr.yaml, "
-        "configs/unetr.yaml, configs/small.yaml), or accept fewer tensors with --pretrained_min_fraction"
-    )
+    fewer = ", or accept fewer tensors with --pretrained_min_fraction" if adjustable else ""
+    return f"{report.way or way_to({}, {})}{fewer}"
 
 
 # ------------------------------------------------------------------------------------------------ names in a file
