@@ -101,7 +101,7 @@ def prepare_training(
         return _saying(own, f"of this config: {_text(own.plain())}")
     source, before = card_path(weights), card["preparation"]
     if preprocessing == "as_pretrained":
-        return _saying(_of_card(source, before), f"as in pre-training ({source}): {_text(before)}")
+        return _saying(_of_card(source, before, own), f"as in pre-training ({source}): {_text(before)}")
     offer = "" if preprocessing is None else "; --preprocessing as_pretrained takes it over"
     warnings = [
         ("WARNING", f"{what}: {here} here, {there} in pre-training ({source}){offer}")
@@ -135,7 +135,7 @@ def prepare_as_trained(own: Preparation, ckpt_path: str | Path, preparation: str
         ]
         return _saying(own, f"of this config: {_text(own.plain())}", warnings)
     unused = [("", f"not this config's {what}, {here} (--preparation own)") for what, here, _ in differences]
-    return _saying(_of_card(source, before), f"as in training ({source}): {_text(before)}", unused)
+    return _saying(_of_card(source, before, own), f"as in training ({source}): {_text(before)}", unused)
 
 
 def _saying(preparation: Preparation, text: str, more: Sequence[tuple[str, str]] = ()) -> Preparation:
@@ -158,12 +158,14 @@ def _plain_intensity(transform: Transform) -> dict[str, Any]:
     return {"scaling": type(transform).__name__}
 
 
-def _of_card(path: Path, plain: Mapping[str, Any]) -> Preparation:
-    """Build what a card describes.
+def _of_card(path: Path, plain: Mapping[str, Any], own: Preparation) -> Preparation:
+    """Build what a card describes; if that is the config's own, return it, whatever it is made of.
 
     Raises:
         CardError: a value is not possible, or unknown here.
     """
+    if plain == own.plain():
+        return own
     try:
         if plain["orientation"] != ORIENTATION:
             raise ValueError(f"orientation: found {plain['orientation']!r}, expected {ORIENTATION!r}")

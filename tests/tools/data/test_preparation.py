@@ -104,6 +104,14 @@ def test_a_transform_that_no_card_describes_has_its_name():
         assert Preparation(None, own, len).plain()["intensity"] == {"scaling": type(own).__name__}
 
 
+def test_what_no_card_describes_is_used_again_with_the_same_config(tmp_path):
+    own = Preparation(None, WIDE, lambda image: image > 3)
+    path = weights_of(tmp_path, own, "model.pt")
+    assert prepare_as_trained(own, path).foreground is own.foreground
+    with pytest.raises(CardError, match=r"foreground_above: found 'function'"):
+        prepare_as_trained(OWN, path)
+
+
 def test_segmentation_prepares_scans_as_the_weights_were_trained(tmp_path):
     before = Preparation(None, WIDE, Above(0.25))
     path = weights_of(tmp_path, before, "model.pt")
