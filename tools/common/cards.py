@@ -20,7 +20,7 @@ from tools.common.files import atomic_path
 
 FORMAT = 1  # of the cards written here; higher if an older reader would misunderstand them
 NUMBER = (int, float)
-# key → type, types, or keys of the inner level; cards have more keys, for people
+# key → type, types, [type of the values of a list], or keys of the inner level; cards have more keys, for people
 CONTENT = {
     "sha256": str,
     "network": {"name": str},
@@ -30,7 +30,7 @@ CONTENT = {
         "intensity": {"scaling": str},
         "foreground_above": (*NUMBER, str, NoneType),
     },
-    "roi_size": list,
+    "roi_size": [int],
     "versions": dict,
 }
 
@@ -99,11 +99,13 @@ def read_card(weights: str | Path) -> dict[str, Any] | None:
 
 def _problems(found: Mapping[str, Any], expected: Mapping[str, Any], inside: str = "") -> Iterator[str]:
     for key, kind in expected.items():
-        kinds = (dict,) if isinstance(kind, dict) else kind if isinstance(kind, tuple) else (kind,)
+        kinds = kind if isinstance(kind, tuple) else (type(kind),) if isinstance(kind, dict | list) else (kind,)
         value = found.get(key)
-        if key not in found or not isinstance(value, kinds) or isinstance(value, bool):
+        values = value if isinstance(kind, list) and isinstance(value, list) else []
+        if key not in found or type(value) not in kinds or any(type(v) is not kind[0] for v in values):
             said = f"found {value!r}" if key in found else "is missing"
-            yield f"{inside}{key}: {said}, expected {' or '.join(k.__name__ for k in kinds)}"
+            what = f"a list of {kind[0].__name__}" if isinstance(kind, list) else " or ".join(k.__name__ for k in kinds)
+            yield f"{inside}{key}: {said}, expected {what}"
         elif isinstance(kind, dict):
             yield from _problems(value, kind, f"{inside}{key}.")
 

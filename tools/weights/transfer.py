@@ -220,8 +220,8 @@ def load_pretrained(
             hardly varies), but a learning rate then has the same effect on loaded and new convolutions. Applies to the
             decoder of a UNETR, not to its encoder.
         roi_size: crop size of pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E] are
-            interpolated from the token grid of that crop to that of the network. None: the grid of the network if the
-            number of tokens matches, else a cube.
+            interpolated from the token grid of that crop to that of the network. None: as the card says; without one,
+            the grid of the network if the number of tokens matches, else a cube.
 
     Raises:
         ValueError: an argument is out of range, or the type of the network is not supported.
@@ -340,6 +340,7 @@ def _plan(
     card, own = read_card(path), describe_network(network)
     if card is not None:
         require_own(path, card, found)
+        roi_size = card["roi_size"] if roi_size is None else roi_size
         if is_other_encoder(card["network"], own):
             raise WeightsError(
                 f"{card_path(path)}: network: found {network_text(card['network'])}, expected "

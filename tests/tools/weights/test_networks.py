@@ -105,6 +105,16 @@ def test_other_heads_of_a_vit_are_refused_which_no_tensor_shows(tmp_path):
     check_weights(path, unetr(heads=2))
 
 
+def test_position_embeddings_are_those_of_the_crop_that_the_card_names(tmp_path):
+    network = ViT(1, (64, 32, 16), 16, 24, 36, num_heads=2)
+    card = {"network": describe_network(network), "preparation": PREPARATION, "versions": {}}
+    save_weights(tmp_path / "backbone.pt", network.state_dict(), {**card, "roi_size": [64, 32, 16]})
+    (adapted,) = (
+        t.why for t in load_pretrained(unetr(), str(tmp_path / "backbone.pt")).report.tensors if t.why[:4] == "posi"
+    )
+    assert adapted == "position embeddings of 4×2×1 tokens → 2×2×2"
+
+
 def test_channels_may_differ_where_they_are_adapted(tmp_path):
     path = saved(tmp_path / "backbone.pt", UNetBackbone(1, FEATURES))
     assert load_pretrained(unet(4), path).report.filled == 40
