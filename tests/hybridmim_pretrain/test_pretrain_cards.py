@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from ignite.engine import Events
 from monai.bundle import create_workflow
 from phantom import without_figures
 
@@ -94,7 +95,7 @@ def test_a_run_starts_from_weights_with_a_fresh_schedule(run, ct_scans, quiet, t
     flow = training(tmp_path, ct_scans, init_from=str(run / "models" / file), epochs=1, window=[-500, 500])
     began = []
 
-    @flow.parser.get_parsed_content("train#trainer").on("iteration_started")
+    @flow.parser.get_parsed_content("train#trainer").on(Events.ITERATION_STARTED)
     def look(engine):
         state = {k: v.clone() for k, v in flow.parser.get_parsed_content("network_def").state_dict().items()}
         began.append(
