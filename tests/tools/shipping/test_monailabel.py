@@ -76,9 +76,7 @@ def test_a_copy_trains_on_with_the_preparation_of_its_weights(app, tmp_path):
     assert parser.get_parsed_content("prepared").plain() == preparation
     loaded = parser.get_parsed_content("transfer").network
     assert torch.equal(loaded.down_4.convs.conv_1.conv.weight, network.down_4.convs.conv_1.conv.weight)
-    assert (
-        "as_pretrained" not in (bundle / "configs/train.yaml").read_text("utf-8").split("preprocessing:")[1].split()[0]
-    )
+    assert "\npreprocessing: own" in (bundle / "configs/train.yaml").read_text("utf-8")  # the original
 
 
 def test_keeps_what_the_app_has(bundle, app):
