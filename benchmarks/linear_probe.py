@@ -4,14 +4,18 @@
 
 UNet alone. Every level is enlarged to the voxels of the crop. The map is the least-squares solution in which a voxel
 weighs 1/√(voxels of its class): no steps, no learning rate, so what differs between rows are the features. It is
-fitted on crops from the middle of some training cases, and measured by Dice on those of the validation cases. The first
-rows are fresh networks: weights that are not above them have learnt nothing that helps here.
+fitted on crops from the middle of some labelled cases, and measured by Dice on those of others; this is repeated with
+other cases, the same for every row. The first rows are fresh networks: weights that are not above them have learnt
+nothing that helps here. Any data set in the layout of a bundle will do, with its classes:
+
+    python -m benchmarks.linear_probe --dataset_dir /path/to/Task_HeadNeckCT --bundle spleen --roi_size "[96,96,64]" \\
+        --classes "{'right_parotid': [3], 'left_parotid': [4]}" --spacing '$None' --window "[-175,250]" --weights …
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,10 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import BasicUNet
 from monai.transforms import Compose, ResizeWithPadOrCropd
 from torch import Tensor
+
+from benchmarks.study.statistics import estimate
+
+Item = tuple[Tensor, Tensor]
 
 ROOT = Path(__file__).resolve().parents[1]
 STRIDES = (1, 2, 4, 8, 16)
@@ -62,26 +70,60 @@ def dice(predicted: Tensor, label: Tensor, classes: int) -> list[float]:
 
 
 @torch.no_grad()
-def probe(network: BasicUNet, training: Sequence[Any], validation: Sequence[Any], classes: int) -> list[float]:
-    """Mean Dice by the features of each of `LEVELS`; items are pairs of image [C, H, W, D] and label [H·W·D]."""
+def probe(
+    network: BasicUNet, items: Mapping[int, Item], splits: Sequence[tuple[Sequence[int], Sequence[int]]], classes: int
+) -> list[list[float]]:
+    """Mean Dice by the features of each of `LEVELS`, for each split.
+
+    Args:
+        network: is not trained.
+        items: number of the case → image [C, H, W, D] and label [H·W·D].
+        splits: numbers of the items that the map is fitted on, and of those that measure it.
+        classes: with the background.
+    """
     network.eval()
     draw = torch.Generator().manual_seed(0)
-    parts: list[list[Tensor]] = [[] for _ in STRIDES]
-    labels = []
-    for image, label in training:
+    known: dict[int, tuple[list[Tensor], Tensor]] = {}
+    for number in sorted({number for fitted, _ in splits for number in fitted}):
+        image, label = items[number]
         chosen = torch.randperm(len(label), generator=draw)[:VOXELS]
-        labels.append(label[chosen])
-        for part, level in zip(parts, features(network, image), strict=True):
-            part.append(level[chosen])
-    known = [torch.cat(part) for part in parts]
-    maps = [fit(torch.cat([known[i] for i in levels], 1), torch.cat(labels), classes) for levels in LEVELS]
-    found: list[list[float]] = [[] for _ in LEVELS]
-    for image, label in validation:
+        known[number] = [level[chosen] for level in features(network, image)], label[chosen]
+    maps = []
+    for fitted, _ in splits:
+        parts = [torch.cat([known[number][0][i] for number in fitted]) for i in range(len(STRIDES))]
+        label = torch.cat([known[number][1] for number in fitted])
+        maps.append([fit(torch.cat([parts[i] for i in levels], 1), label, classes) for levels in LEVELS])
+    found: list[list[list[float]]] = [[[] for _ in LEVELS] for _ in splits]
+    for number in sorted({number for _, measured in splits for number in measured}):
+        image, label = items[number]
         seen = features(network, image)
-        for values, levels, linear in zip(found, LEVELS, maps, strict=True):
-            scores = with_constant(torch.cat([seen[i] for i in levels], 1)) @ linear
-            values += dice(scores.argmax(1), label, classes)
-    return [sum(values) / len(values) for values in found]
+        for values, linear, (_, measured) in zip(found, maps, splits, strict=True):
+            if number in measured:
+                for which, levels in enumerate(LEVELS):
+                    scores = with_constant(torch.cat([seen[i] for i in levels], 1)) @ linear[which]
+                    values[which] += dice(scores.argmax(1), label, classes)
+    return [[sum(values) / len(values) for values in by_level] for by_level in found]
+
+
+def random_splits(cases: int, fitted: int, measured: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """Draw cases for the map and others to measure it, several times; always the same draws.
+
+    Raises:
+        ValueError: there are too few cases.
+    """
+    if min(fitted, measured, count) < 1 or fitted + measured > cases:
+        raise ValueError(
+            f"training_cases, measured_cases, splits: found {fitted}, {measured} and {count}, expected 1 or more of "
+            f"each, and together at most the {cases} labelled cases"
+        )
+    draw = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(cases, generator=draw).tolist() for _ in range(count)]
+    return [(order[:fitted], order[fitted : fitted + measured]) for order in orders]
+
+
+def _cell(values: Sequence[float]) -> str:
+    found = estimate(values)
+    return f"{found.mean:.3f}" + (f" ± {found.half_width:.3f}" if found.half_width is not None else "")
 
 
 def main(
@@ -91,6 +133,8 @@ def main(
     bundle: str = "hippocampus",
     overlays: str = "small",
     training_cases: int = 12,
+    measured_cases: int = 8,
+    splits: int = 5,
     fresh: int = 3,
     **options: Any,
 ) -> None:
@@ -99,10 +143,13 @@ def main(
     Args:
         dataset_dir: a labelled data set in the layout of the bundle.
         weights: `backbone.pt` of pre-trainings, separated by commas.
-        datalist: as in fine-tuning; its validation cases measure.
+        datalist: as in fine-tuning; training and validation cases are taken, no test cases.
         bundle: segmentation bundle whose preprocessing and network are used.
         overlays: of its train.yaml, separated by commas.
-        training_cases: so many are fitted on.
+        training_cases: so many are fitted on,
+        measured_cases: and so many others measure, drawn from all labelled cases,
+        splits: so many times; the table has the mean over these, and half of its 95 % interval by Student's t, which is
+            narrow, because the splits share cases.
         fresh: so many networks that were not trained.
         options: keys of train.yaml, such as `--roi_size "[32,48,32]"`.
 
@@ -134,12 +181,14 @@ def main(
     middle = ResizeWithPadOrCropd(keys=["image", "label"], spatial_size=parsed("roi_size"))
     prepare = Compose([*parsed("load"), middle])
 
-    def items(listed: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        prepared = [prepare(case) for case in listed]
-        return [(item["image"], item["label"].flatten().long()) for item in prepared]
-
-    training, validation = items(cases.training[:training_cases]), items(cases.validation)
-    print(f"{len(training)} training cases, {len(validation)} validation cases; mean Dice by the features of a level")
+    listed = [*cases.training, *cases.validation]
+    drawn = random_splits(len(listed), training_cases, measured_cases, splits)
+    used = {number for split in drawn for part in split for number in part}
+    items: dict[int, Item] = {}
+    for number in sorted(used):
+        item = prepare(listed[number])
+        items[number] = item["image"], item["label"].flatten().long()
+    print(f"{training_cases} cases fit the map, {measured_cases} others measure it, {splits} times; mean Dice by level")
     head = [f"1/{stride}" if stride > 1 else "full size" for stride in STRIDES]
     print(f"| encoder | {' | '.join(head)} | all levels |\n|{' --- |' * (len(head) + 2)}")
     starts: list[tuple[str, int, str | None]] = [(f"fresh, seed {seed}", seed, None) for seed in range(fresh)]
@@ -149,8 +198,8 @@ def main(
         network = parsed("transfer", pretrained=path, pretrained_parts="encoder").network
         if not isinstance(network, BasicUNet):
             raise ValueError(f"overlays: found a {type(network).__name__}, expected a UNet")
-        found = probe(network, training, validation, classes)
-        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found)} |", flush=True)
+        found = probe(network, items, drawn, classes)
+        print(f"| {name} | {' | '.join(_cell(values) for values in zip(*found, strict=True))} |", flush=True)
 
 
 if __name__ == "__main__":

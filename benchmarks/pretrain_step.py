@@ -66,7 +66,7 @@ def variants(overlays: Sequence[str]) -> dict[str, dict[str, Any]]:
         if name not in unused:
             parts[f"without {name}"] = {"network": _network([m for m in MEANS if m != name])}
     if not swin:
-        parts["first stage twice"] = {"dropout_stages": [0]}
+        parts["views by dropout alone"] = {"views": "dropout"}  # which share the first stage
     geometry = _parser(overlays, {}).get_parsed_content("geometry")
     if geometry.decode_size != geometry.roi_size:
         parts["whole crop decoded"] = {"decode_size": "@roi_size"}

@@ -13,7 +13,7 @@ SimMIM, `ContrastiveLoss` for SimCLR, `DiceBCELoss` for overlapping classes.
 
 The targets are computed from the mask: the mask has one entry per patch, the predictions one per region, and the
 patches of a region are those inside it. Padding is ignored: intensities are in (0, 1], so a voxel that is 0 in every
-channel is padding.
+channel is padding. The region level ignores patches of one intensity, such as air.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Prediction(NamedTuple):
     number: Tensor | None = None  # [B, M + 1, R1, R2, R3] logits: 0 … M masked patches in each region
     location: Tensor | None = None  # [B, M, R1, R2, R3] logits: is this patch of the region masked?
     views: tuple[Tensor, Tensor] | None = None  # two [N, E] projections of N crops (of all ranks)
+    visible: Tensor | None = None  # [B, C, H, W, D] what the network saw, if masked voxels were filled
 
 
 def scan_voxels(image: Tensor) -> Tensor:
@@ -69,18 +70,19 @@ class RegionTargets(NamedTuple):
 
     location: Tensor  # bool [B, M, R1, R2, R3]: the patch is masked
     number: Tensor  # int64 [B, R1, R2, R3]: number of masked patches of the region, 0 … M
-    location_counts: Tensor  # bool [B, M, R1, R2, R3]: valid locations; the patch contains voxels of the scan
-    number_counts: Tensor  # bool [B, R1, R2, R3]: valid numbers; all patches of the region contain voxels of the scan
+    location_counts: Tensor  # bool [B, M, R1, R2, R3]: valid locations; the patch is not of one intensity
+    number_counts: Tensor  # bool [B, R1, R2, R3]: valid numbers; no patch of the region is of one intensity
 
 
 def region_targets(image: Tensor, mask: Tensor, regions: tuple[int, ...] | torch.Size) -> RegionTargets:
     """Targets of the region level for image [B, C, H, W, D], mask [B, 1, P1, P2, P3] and a grid of regions.
 
-    A patch of padding looks the same masked or not, so it has no location target, and its region has no number target.
+    A patch of one intensity (padding, or air, which the intensity window cuts to one value) looks the same masked or
+    not, so it has no location target, and its region has no number target.
     """
     patch_size = [s // p for s, p in zip(image.shape[2:], mask.shape[2:], strict=True)]
-    scan = F.max_pool3d(scan_voxels(image).float(), patch_size) > 0
-    location, counts = patches_by_region(mask, regions), patches_by_region(scan, regions)
+    varied = F.max_pool3d(image, patch_size) > -F.max_pool3d(-image, patch_size)
+    location, counts = patches_by_region(mask, regions), patches_by_region(varied.any(1, keepdim=True), regions)
     return RegionTargets(location, location.sum(1), counts, counts.all(1))
 
 

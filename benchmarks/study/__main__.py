@@ -39,7 +39,7 @@ def study(
     dataset_dir: str,
     output_dir: str,
     preset: str,
-    bundle: str = "hippocampus",
+    bundle: str | None = None,
     methods: str | Sequence[str] | None = None,
     label_fractions: float | Sequence[float] | None = None,
     seeds: int | Sequence[int] | None = None,
@@ -53,8 +53,8 @@ def study(
     Args:
         dataset_dir: a labelled data set in the layout of the bundle.
         output_dir: folder of the study.
-        preset: smoke, laptop or gpu; its numbers are in benchmarks/study/presets.yaml.
-        bundle: hippocampus, btcv, brats, liver or spleen.
+        preset: smoke, laptop, headneck or gpu; its numbers are in benchmarks/study/presets.yaml.
+        bundle: hippocampus, btcv, brats, liver or spleen; by default the preset's.
         methods: of scratch, simclr, simmim, mae, hybridmim; by default all that the preset has. Scratch is always
             among them, because the others are compared with it.
         label_fractions: of tables 1 and 2, in place of the preset's.

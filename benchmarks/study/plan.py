@@ -174,7 +174,9 @@ def _row(study: Study, row: Mapping[str, Any], fractions: tuple[float, ...]) -> 
             return None
         pretraining = _changes(asked, _pretrain_files(study, usual), _pretrain_options(study, usual))
     finetuning = _changes(row.get("finetuning", {}), _finetune_files(study, usual), _finetune_options(study, usual))
-    return Row(row["name"], Arm(row["network"], row["method"], pretraining, finetuning), fractions)
+    return Row(
+        row["name"], Arm(row["network"], row["method"], pretraining, finetuning), tuple(row.get("fractions", fractions))
+    )
 
 
 def _changes(asked: Mapping[str, Any], files: tuple[str, ...], options: Mapping[str, Any]) -> Options:
@@ -216,12 +218,13 @@ def _pretrain_files(study: Study, arm: Arm) -> tuple[str, ...]:
 
 
 def _pretrain_options(study: Study, arm: Arm) -> dict[str, Any]:
-    """As many channels as the fine-tuning has, its spacing, and the preset's options."""
-    numbers = study.preset.pretraining
+    """As many channels as the fine-tuning has, its spacing and its data, and the preset's options."""
+    numbers, files = study.preset.pretraining, _pretrain_files(study, arm)
     segmentation = read_configs(_finetune_files(study, arm))
     spacing = {"spacing": segmentation["spacing"]} if segmentation["spacing"] else {}
-    usual = {"in_channels": segmentation["in_channels"], **spacing, "epochs": numbers.epochs, **numbers.options}
-    return _with_sizes(study, arm, _pretrain_files(study, arm), {**usual, **numbers.methods.get(arm.method, {})})
+    data = {key: value for key, value in study.preset.data.items() if key in read_configs(files)}
+    usual = {"in_channels": segmentation["in_channels"], **spacing, **data, "epochs": numbers.epochs, **numbers.options}
+    return _with_sizes(study, arm, files, {**usual, **numbers.methods.get(arm.method, {})})
 
 
 def _finetune_files(study: Study, arm: Arm, *overlays: str) -> tuple[str, ...]:
@@ -230,7 +233,8 @@ def _finetune_files(study: Study, arm: Arm, *overlays: str) -> tuple[str, ...]:
 
 
 def _finetune_options(study: Study, arm: Arm) -> dict[str, Any]:
-    return _with_sizes(study, arm, _finetune_files(study, arm), study.preset.finetuning.options)
+    options = {**study.preset.data, **study.preset.finetuning.options}
+    return _with_sizes(study, arm, _finetune_files(study, arm), options)
 
 
 def _with_sizes(study: Study, arm: Arm, files: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,10 +257,11 @@ def _with_sizes(study: Study, arm: Arm, files: tuple[str, ...], options: Mapping
 def pretraining(study: Study, arm: Arm, seed: int) -> Run:
     """The pre-training of an arm."""
     numbers = study.preset.pretraining
+    seed %= numbers.seeds or seed + 1
     options = {**_pretrain_options(study, arm), **dict(arm.pretraining)}
     epochs = options["epochs"]
     # an incomplete batch is left out
-    steps = epochs * max(1, len(study.cases("training")) // options["batch_size"])
+    steps = epochs * max(1, study.pretraining_scans() // options["batch_size"])
     options |= {**_rhythm(steps, epochs, numbers.validations), "seed": seed}
     return Run(
         id="_".join(["pretrain", arm.network, arm.method, *_slugs(arm.pretraining), f"seed{seed}"]),
@@ -311,7 +316,7 @@ def testing(study: Study, arm: Arm, fraction: float, seed: int, rate: float | No
         fraction=fraction,
         rate=rate,
         configs=files,
-        options={**_with_sizes(study, arm, files, workers), "evaluated": "test", **spacing},
+        options={**_with_sizes(study, arm, files, {**study.preset.data, **workers}), "evaluated": "test", **spacing},
         needs=(_finetune_id("finetune", arm, fraction, seed, rate),),
     )
 

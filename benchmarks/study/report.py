@@ -44,6 +44,8 @@ def _introduction(findings: Findings, planned: Sequence[Run]) -> str:
     study = findings.study
     counts = {section: len(study.cases(section)) for section in ("training", "validation", "test")}
     seeds = study.asked.seeds
+    unlabelled = study.pretraining_scans() - counts["training"]
+    more = f", and {unlabelled} scans that have none" if unlabelled else ""
     interval = (
         "One seed: no interval is given, and no claim should rest on it."
         if len(seeds) == 1
@@ -54,7 +56,7 @@ def _introduction(findings: Findings, planned: Sequence[Run]) -> str:
         [
             f"What pre-training brings on `{study.dataset_dir}` ({study.segmentation}): {counts['training']} training, "
             f"{counts['validation']} validation and {counts['test']} test cases. Pre-training sees the images of the "
-            "training and validation cases, without labels; nothing but the tests sees the test cases.",
+            f"training and validation cases, without labels{more}; nothing but the tests sees the test cases.",
             f"{interval} Every arm is fine-tuned for the same steps, at the learning rate that was best for it on the "
             "validation cases.",
             f"**{done} of {len(planned)} runs are done.** {MISSING} is what has not been run yet. Every test, class by "

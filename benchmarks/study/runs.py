@@ -83,7 +83,7 @@ def command(study: Study, run: Run) -> list[str]:
         "config_file": f"[{','.join(repr(file) for file in run.configs)}]",
         "bundle_root": PRETRAIN if run.kind == "pretrain" else study.segmentation,
         "dataset_dir": study.dataset_dir,
-        "datalist": study.datalist,
+        "datalist": study.scans if run.kind == "pretrain" else study.datalist,
         "output_dir": folder,
         "ckpt_dir": weights if run.kind == "test" else folder / "models",
     }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -17,6 +18,7 @@ import yaml
 from tools.commands.datalist import brats, btcv, msd
 from tools.common.files import write_json
 from tools.data.datalists import load_datalist
+from tools.data.scans import find_scans
 from tools.data.splits import label_subset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +30,8 @@ METHODS = {"scratch": "from scratch", "simclr": "SimCLR", "simmim": "SimMIM", "m
 NETWORKS = {"UNet": (), "SwinUNETR": ("swin_unetr",), "UNETR": ("unetr",)}  # overlays of the segmentation bundles
 TABLES = (1, 2, 3, 4, 5, 6)
 NUMBERS = {3: "ablation", 4: "masks", 6: "resolution"}  # of tables that not every preset has
-FIXED = ("split", "networks", "pretraining", "finetuning")  # what all runs of a study share; rows may be added
-STUDY, DATALIST = "study.json", "datalist.json"
+FIXED = ("data", "split", "networks", "pretraining", "finetuning")  # what all runs of a study share; rows may be added
+STUDY, DATALIST, UNLABELLED = "study.json", "datalist.json", "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Pretraining:
     validations: int
     options: dict[str, Any]
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, by method
+    unlabelled: str | None = None  # folder of more scans, below that of the data set
+    seeds: int | None = None  # so many pre-trainings of an arm, shared by the seeds of fine-tuning; None: one for each
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,26 @@ class Preset:
     networks: dict[str, dict[str, Any]]
     pretraining: Pretraining
     finetuning: Finetuning
+    data: dict[str, Any] = field(default_factory=dict)
     ablation: dict[str, Any] | None = None
     masks: dict[str, Any] | None = None
     cost: dict[str, Any] = field(default_factory=lambda: {"fractions": [], "rows": []})
     resolution: dict[str, Any] | None = None
 
 
-def read_preset(name: str, bundle: str) -> tuple[Preset, dict[str, Any]]:
-    """A preset as it is for a bundle, and the same as plain data.
+def read_preset(name: str, bundle: str | None) -> tuple[str, Preset, dict[str, Any]]:
+    """A bundle (by default the preset's), the preset as it is for it, and the same as plain data.
 
     Raises:
         ValueError: there is no such preset, or no such bundle.
     """
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
     _require_one("preset", name, presets)
+    usual, others = presets[name].pop("bundle", BUNDLES[0]), presets[name].pop("bundles", {})
+    bundle = bundle or usual
     _require_one("bundle", bundle, BUNDLES)
-    others = presets[name].pop("bundles", {})
     numbers = _merged(presets[name], others.get(bundle, {}))
-    return _preset(numbers), numbers
+    return bundle, _preset(numbers), numbers
 
 
 def _preset(numbers: dict[str, Any]) -> Preset:
@@ -173,6 +179,11 @@ class Study:
         return self.output_dir / DATALIST
 
     @property
+    def scans(self) -> Path:
+        """Data list of pre-training: that of the labelled cases, or one with the unlabelled scans, too."""
+        return self.output_dir / UNLABELLED if self.preset.pretraining.unlabelled else self.datalist
+
+    @property
     def segmentation(self) -> str:
         """Folder of the segmentation bundle, from the root of the repository."""
         return f"bundles/hybridmim_{self.bundle}_seg"
@@ -180,6 +191,10 @@ class Study:
     def cases(self, section: str) -> list[dict[str, Any]]:
         """Entries of the data list: training, validation or test."""
         return _cases(self.datalist)[section]
+
+    def pretraining_scans(self) -> int:
+        """How many scans pre-training learns from."""
+        return len(_cases(self.scans)["training"])
 
     def labelled(self, fraction: float) -> int:
         """Training cases of a label fraction."""
@@ -200,7 +215,7 @@ def open_study(
     output_dir: str,
     dataset_dir: str,
     preset: str,
-    bundle: str,
+    bundle: str | None,
     methods: Sequence[str] | None,
     label_fractions: Sequence[float] | None,
     seeds: Sequence[int] | None,
@@ -212,7 +227,7 @@ def open_study(
     Raises:
         ValueError: an option is out of range, or contradicts the study that the folder holds.
     """
-    chosen, numbers = read_preset(preset, bundle)
+    bundle, chosen, numbers = read_preset(preset, bundle)
     asked = Asked(
         tuple(tables or chosen.tables),
         tuple(methods or METHODS),
@@ -234,6 +249,8 @@ def open_study(
         content["asked"] = asdict(asked)
     if not study.datalist.is_file():
         _split(study)
+    if not study.scans.is_file():
+        _add_unlabelled(study)
     _require_disjoint(study)
     write_json(folder / STUDY, content)
     return study
@@ -286,7 +303,7 @@ def _refuse_contradictions(path: Path, found: dict[str, Any], expected: dict[str
     for key in ("bundle", "dataset_dir", "preset"):
         if found[key] != expected[key]:
             raise ValueError(f"{path}: found {key} {found[key]!r}, expected {expected[key]!r}; give another output_dir")
-    numbers = ({key: study["numbers"][key] for key in FIXED} for study in (found, expected))
+    numbers = ({key: study["numbers"].get(key) for key in FIXED} for study in (found, expected))
     if changed := differences(*numbers):
         raise ValueError(f"{path}: the preset has changed: {'; '.join(changed)}; give another output_dir")
 
@@ -304,6 +321,23 @@ def _split(study: Study) -> None:
     layout = read_configs(config_files(study.segmentation, ()))["layout"]
     command = {"btcv": btcv, "brats": brats, "msd": msd}[layout]
     command(str(study.dataset_dir), str(study.datalist), **{"fold": 0, **study.preset.split})
+
+
+def _add_unlabelled(study: Study) -> None:
+    """Write the data list of pre-training: the images of training and validation cases, and the unlabelled scans.
+
+    Raises:
+        ValueError: there are none, or a scan of a test case is among them.
+    """
+    folder = study.dataset_dir / study.preset.pretraining.unlabelled
+    unlabelled = find_scans(str(folder)) if folder.is_dir() else []
+    if not unlabelled:
+        raise ValueError(f"{folder}: found no scans, expected the unlabelled ones of the preset")
+    names = [os.path.relpath(scan["image"], study.dataset_dir) for scan in unlabelled]
+    if both := sorted({*names} & {os.path.normpath(case["image"]) for case in study.cases("test")}):
+        raise ValueError(f"{folder}: found {both[0]}, a test case, expected scans that no test reads")
+    listed = {part: [case["image"] for case in study.cases(part)] for part in ("training", "validation")}
+    write_json(study.scans, {**listed, "training": [*listed["training"], *names]})
 
 
 def _require_disjoint(study: Study) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
-from benchmarks.linear_probe import LEVELS, STRIDES, dice, features, fit, main, probe
+from benchmarks.linear_probe import LEVELS, STRIDES, dice, features, fit, main, probe, random_splits
 from tools.samples.sample_data import sample_data
 
 
@@ -43,10 +43,13 @@ def test_features_are_those_of_every_level():
 def test_a_class_that_the_first_level_shows_is_found():
     draw = torch.Generator().manual_seed(0)
     images = [torch.rand(1, 32, 32, 32, generator=draw) for _ in range(3)]
-    items = [(image, (image > 0.7).long().flatten()) for image in images]
+    items = {number: (image, (image > 0.7).long().flatten()) for number, image in enumerate(images)}
     torch.manual_seed(0)
-    found = probe(BasicUNet(3, 1, 2, features=[16, 4, 8, 8, 16, 4]), items[:2], items[2:], 2)
+    network = BasicUNet(3, 1, 2, features=[16, 4, 8, 8, 16, 4])
+    found, again = probe(network, items, [([0, 1], [2]), ([2, 1], [0])], 2)
     assert len(found) == len(LEVELS)
+    assert found != again
+    assert probe(network, items, [([0, 1], [2])], 2)[0] == pytest.approx(found)
     assert found[0] > 0.5 and found[-1] > 0.5  # white noise: the bottleneck cannot know
     assert found[4] < found[0]
 
@@ -57,19 +60,30 @@ def test_the_table(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(BasicUNet(3, 1, 1, features=[4, 4, 8, 8, 16, 4]).state_dict(), tmp_path / "backbone.pt")
     options = {"roi_size": [32, 32, 32], "unet_features": [4, 4, 8, 8, 16, 4]}
-    main(str(root), str(tmp_path / "backbone.pt"), training_cases=2, fresh=1, **options)
+    main(str(root), str(tmp_path / "backbone.pt"), training_cases=2, measured_cases=1, splits=2, fresh=1, **options)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     cells = [line.split(" | ") for line in lines[2:]]
     assert cells[1][0] == f"| {tmp_path / 'backbone.pt'}"
-    assert all(0 <= float(cell.rstrip(" |")) <= 1 for line in cells for cell in line[1:])
+    for cell in (cell.rstrip(" |") for line in cells for cell in line[1:]):
+        mean, half_width = map(float, cell.split(" ± "))
+        assert 0 <= mean <= 1 and half_width >= 0
+
+
+def test_splits_are_disjoint_repeatable_and_refused_if_there_are_too_few_cases():
+    splits = random_splits(20, 12, 8, 5)
+    assert splits == random_splits(20, 12, 8, 5)
+    assert all(sorted([*fitted, *measured]) == list(range(20)) for fitted, measured in splits)
+    assert len({tuple(fitted) for fitted, _ in splits}) == 5
+    with pytest.raises(ValueError, match=r"found 12, 9 and 5, expected .*at most the 20 labelled cases"):
+        random_splits(20, 12, 9, 5)
 
 
 def test_another_network_is_refused(tmp_path):
     root = tmp_path / "data"
     sample_data(str(root), "hippocampus", 5)
     with pytest.raises(ValueError, match="overlays: found a SwinUNETR, expected a UNet"):
-        main(str(root), overlays="small,swin_unetr", training_cases=1)
+        main(str(root), overlays="small,swin_unetr", training_cases=1, measured_cases=1)
 
 
 @pytest.mark.parametrize(

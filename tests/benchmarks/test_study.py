@@ -67,6 +67,61 @@ def test_every_run_takes_the_same_list_and_only_tests_take_its_test_cases(begin)
         assert ("--evaluated=test" in words) == (run.kind == "test")
 
 
+def few_labels(dataset, folder):
+    """The `headneck` preset on the names of other cases, of which the last 30 have no labels."""
+    (dataset / "imagesUn").mkdir()
+    for number in range(180, 210):
+        (dataset / f"imagesTr/hippocampus_{number:03d}.nii.gz").rename(dataset / f"imagesUn/un_{number:03d}.nii.gz")
+        (dataset / f"labelsTr/hippocampus_{number:03d}.nii.gz").unlink()
+    return open_study(str(folder), str(dataset), "headneck", None, None, None, None, None, 1)
+
+
+def test_unlabelled_scans_are_for_pre_training_alone(dataset, tmp_path):
+    study = few_labels(dataset, tmp_path / "study")
+    assert study.bundle == "spleen"
+    labelled = {part: {case["image"] for case in study.cases(part)} for part in ("training", "validation", "test")}
+    listed = json.loads(study.scans.read_text())
+    assert {name for name in listed["training"] if name.startswith("imagesUn/")} == {
+        f"imagesUn/un_{number:03d}.nii.gz" for number in range(180, 210)
+    }
+    assert set(listed["training"]) > labelled["training"]
+    assert set(listed["validation"]) == labelled["validation"]
+    assert not {*listed["training"], *listed["validation"]} & labelled["test"]
+    for run in plan(study, unknown):
+        assert f"--datalist={study.scans if run.kind == 'pretrain' else study.datalist}" in command(study, run)
+
+
+def test_a_test_case_among_the_unlabelled_scans_is_refused(dataset, tmp_path):
+    study = few_labels(dataset, tmp_path / "study")
+    study.scans.unlink()
+    (dataset / "imagesUn").rename(dataset / "others")
+    (dataset / "imagesUn").symlink_to(dataset / "imagesTr")
+    content = json.loads(study.datalist.read_text())
+    content["test"][0]["image"] = content["test"][0]["image"].replace("imagesTr", "imagesUn")
+    study.datalist.write_text(json.dumps(content))
+    settings._cases.cache_clear()
+    with pytest.raises(ValueError, match=r"imagesUn: found imagesUn/hippocampus_\d+.nii.gz, a test case"):
+        open_study(str(study.output_dir), str(dataset), "headneck", None, None, None, None, None, 1)
+
+
+def test_seeds_share_pre_trainings_where_the_preset_says_so(dataset, tmp_path):
+    study = few_labels(dataset, tmp_path / "study")
+    assert [pretraining(study, HYBRIDMIM, seed).seed for seed in range(5)] == [0, 1, 2, 0, 1]
+    tuned = finetuning(study, HYBRIDMIM, 0.15, 4, 0.01)
+    assert (tuned.options["seed"], tuned.needs) == (4, (pretraining(study, HYBRIDMIM, 1).id,))
+    fresh = [run for run in plan(study, unknown) if run.kind == "finetune" and run.arm == SCRATCH]
+    assert {run.options["seed"] for run in fresh} == {0, 1, 2, 3, 4}
+
+
+def test_every_run_has_the_data_of_the_preset(dataset, tmp_path):
+    """The same grid and window in both stages, and in the test."""
+    study = few_labels(dataset, tmp_path / "study")
+    for run in plan(study, unknown):
+        assert (run.options["spacing"], run.options["window"]) == (None, [-175, 250])
+        assert run.kind == "pretrain" or list(run.options["classes"])[2:4] == ["right_parotid", "left_parotid"]
+        assert run.kind != "finetune" or not any(run.options["flip_probability"])
+
+
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -183,7 +238,7 @@ def test_every_preset_plans_every_bundle(bundle, preset, tmp_path):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_the_gpu_preset_has_the_numbers_of_the_bundle(bundle):
-    preset, _ = read_preset("gpu", bundle)
+    _, preset, _ = read_preset("gpu", bundle)
     own = yaml.safe_load((ROOT / f"bundles/hybridmim_{bundle}_seg/configs/train.yaml").read_text())
     assert preset.finetuning.epochs == own["epochs"]
     for key in ("batch_size", "crops_per_volume"):
@@ -453,7 +508,7 @@ def test_a_run_with_other_settings_is_refused(begin, end):
         ({"label_fractions": [1.5]}, r"label_fractions: found 1.5, expected numbers above 0"),
         ({"label_fractions": [0.1]}, r"label_fractions: found 0.1, expected one of 0.02, 0.05, 0.25, 1.0"),
         ({"jobs": 0}, r"jobs: found 0, expected a whole number of at least 1"),
-        ({"preset": "large"}, r"preset: found 'large', expected one of smoke, laptop, gpu"),
+        ({"preset": "large"}, r"preset: found 'large', expected one of smoke, laptop, headneck, gpu"),
     ],
 )
 def test_wrong_options(begin, options, message):

@@ -123,6 +123,8 @@ SETTINGS = [
     ({"mask_ratio": 1}, "mask_ratio must be above 0 and below 1, found 1"),
     ({"mask_ratio": 0}, "mask_ratio must be above 0 and below 1, found 0"),
     ({"mask_scheme": "blocks"}, "mask_scheme must be one of two_level, uniform; found 'blocks'"),
+    ({"mask_fill": 0.0}, "mask_fill: found 0.0, expected one of foreign, zero, mean, noise"),
+    ({"views": "crops"}, "views: found 'crops', expected one of other_masks, dropout"),
     ({"cache": "ssd"}, "cache must be one of none, memory, disk; found 'ssd'"),
     ({"val_fraction": 1.0}, "val_fraction: found 1.0, expected a number between 0 and 1"),
     ({"dropout_stages": [5]}, "dropout_stages must be among 0 … 4, found [5]"),

@@ -24,6 +24,8 @@ from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, config_files, hounsfield
 TERMS = ["loss", "loss_pr", "loss_num", "loss_loc", "loss_con", "loss_cl"]
 METRICS = ["masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_accuracy"]
 METRICS += ["location_majority", "location_auroc", "retrieval_accuracy", "retrieval_chance"]
+FEATURES = [f"{factor}_variance_{stride}" for stride in (1, 2, 4, 8, 16) for factor in ("scan", "mask")]
+METRICS += [*FEATURES, "scan_retrieval", "mask_retrieval", "scan_mask_chance"]
 EPOCHS = 3
 
 
@@ -79,7 +81,8 @@ def test_training_writes_one_row_of_metrics_per_epoch(trained):
 def test_training_writes_pictures_and_tensorboard_events(trained):
     out = trained[0] / "out"
     pictures = sorted(path.name for path in (out / "figures").iterdir())
-    assert pictures == [f"reconstruction_epoch={epoch:04d}.png" for epoch in range(1, EPOCHS + 1)]
+    kinds = ("features", "reconstruction")
+    assert pictures == [f"{kind}_epoch={epoch:04d}.png" for kind in kinds for epoch in range(1, EPOCHS + 1)]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in (out / "figures").iterdir())
 
     # two curves of one name, which TensorBoard shows beside each other because their folders differ
@@ -153,7 +156,8 @@ def test_evaluation_inside_the_bundle_repeats_the_best_validation(trained, run_b
     for name in ("loss_pr", "masked_mse", "mean_mse", "number_accuracy", "location_auroc"):
         assert float(found[name]) == pytest.approx(float(best[f"val_{name}"]), rel=1e-4), name
         assert f"{name} " in done.stdout
-    assert len(list((inside / "eval/figures/evaluation").glob("*.png"))) == 1
+    pictures = {path.name for path in (inside / "eval/figures/evaluation").iterdir()}
+    assert pictures == {f"{kind}_epoch=0001.png" for kind in ("features", "reconstruction")}
     assert not (inside / "eval/metrics.csv").exists()
 
 
@@ -183,6 +187,7 @@ def inferred(trained, run_bundle, turned_scans, tmp_path_factory):
         dataset_dir=turned_scans,
         output_dir=folder,
         ckpt_path=trained[0] / "models/model.pt",
+        mask_fill="zero",  # shows in the files what was masked
         **TINY_INFERENCE,
     )
     return folder

@@ -18,6 +18,7 @@ from monai.transforms import ScaleIntensityRanged, ScaleIntensityRangePercentile
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone
 from tools.common import mixed_precision
 from tools.common.tables import read_metrics
+from tools.losses import HybridMIMLoss
 
 from .bundle import BUNDLE, ROOT, TINY, TINY_INFERENCE, two_and_one
 
@@ -67,7 +68,7 @@ def test_the_names_of_the_contract_are_there(name, keys):
     assert set(keys) <= set(read(name))
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, "vit", *METHODS, "multi_gpu_train", "evaluate"])
+@pytest.mark.parametrize("name", [*OVERLAYS, "vit", *METHODS, "published", "multi_gpu_train", "evaluate"])
 def test_an_overlay_sets_known_names_only(name):
     overlay = read(name)
     known = {*read("train"), *read("inference")}
@@ -86,7 +87,7 @@ def test_defaults_of_the_paper():
     train = read("train")
     assert (train["roi_size"], train["region_size"], train["patch_size"]) == ([96] * 3, [32] * 3, [16] * 3)
     assert (train["learning_rate"], train["weight_decay"], train["mask_ratio"]) == (1e-4, 1e-3, 0.4)
-    weights = [train[f"weight_{term}"] for term in ("pr", "num", "loc", "con", "cl")]
+    weights = [(train | read("published"))[f"weight_{term}"] for term in ("pr", "num", "loc", "con", "cl")]
     assert weights == [1.0, 0.1, 0.1, 0.01, 0.1]
 
 
@@ -154,7 +155,7 @@ def test_overlays_combine(parse, ct_scans, base, overlays):
         grid = [s // p for s, p in zip(shape, geometry.patch_size, strict=True)]
         assert data["mask"].shape == (1, *grid)
         assert int(data["mask"].sum()) == round(0.4 * math.prod(grid))
-        assert data["image"].min() == 0  # padding, or masked
+        assert base == "inference" or data["image"].min() == 0  # padding
         assert 0.9 < data["image"].max() <= 1
 
 
@@ -169,6 +170,16 @@ def test_every_order_of_overlays_gives_the_same_values():
 
 def test_mri_crops_to_what_is_brighter_than_the_background(parse):
     assert parse(["train", "mri"])["foreground_above"] < parse(["train"])["foreground_above"]
+
+
+def test_published_settings_and_the_default(parse):
+    """The loss's own defaults are the published weights; by default the other terms are a tenth of them."""
+    published, usual = parse(["train", "published", "small"]), parse(["train", "small"])
+    weights = {parser: parser.get_parsed_content("loss").weights for parser in (published, usual)}
+    assert weights[published] == HybridMIMLoss().weights
+    assert weights[usual] == {name: w if name == "loss_pr" else w / 10 for name, w in weights[published].items()}
+    steps = [(step.mask_fill, step.views) for step in (p.get_parsed_content("step") for p in (published, usual))]
+    assert steps == [("zero", "dropout"), ("foreign", "other_masks")]
 
 
 # --------------------------------------------------------------------------------------- a few steps of each kind

@@ -9,7 +9,7 @@ import torch
 from monai.networks.nets import BasicUNet, SwinUNETR
 
 from scripts.backbones import SwinUNETRBackbone, UNetBackbone, crop_level, dropout_active, pooled, whole
-from scripts.hybridmim import HybridMIM, PretrainStep
+from scripts.hybridmim import VIEWS, HybridMIM, PretrainStep
 from scripts.masking import Geometry, RandPatchMaskd, apply_mask
 from tools.losses import HybridMIMLoss, Prediction
 
@@ -164,9 +164,53 @@ def test_the_second_view_of_unet_is_an_encoding_like_the_first(stages):
     torch.testing.assert_close(again[-1], expected[-1])
 
 
-def test_the_second_view_gives_no_gradient_to_the_encoder():
+def test_the_second_view_has_another_mask_and_another_fill():
+    backbone, geometry = unet(dropout=0.0)
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, mask_fill="foreign", views="other_masks").train()
+    image, mask = batch_of(geometry, 3)
+    prediction = step(image, mask)
+    assert torch.equal(prediction.visible, apply_mask(image, mask, "foreign"))
+    for view, seen in zip(
+        prediction.views,
+        (prediction.visible, apply_mask(image, mask[[2, 0, 1]], "foreign", shift=-1)),
+        strict=True,
+    ):
+        torch.testing.assert_close(view, step.network_def.project(backbone.encode(seen)[-1]))
+
+
+def test_a_fill_is_never_from_another_crop_of_one_scan():
     backbone, geometry = unet()
-    step = PretrainStep(HybridMIM(backbone, geometry), geometry).train()
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, mask_fill="foreign", crops_per_volume=2).train()
+    image, mask = batch_of(geometry, 4)
+    assert torch.equal(step(image, mask).visible, apply_mask(image, mask, "foreign", shift=2))
+
+
+def test_the_views_of_a_batch_in_evaluation_have_other_masks_too():
+    backbone, geometry = unet(dropout=0.0)
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, views="other_masks").eval()
+    image, mask = batch_of(geometry, 2)
+    assert not torch.allclose(*step(image, mask).views)
+    torch.testing.assert_close(*step(image, mask[:1].expand_as(mask)).views)
+
+
+def test_a_single_crop_of_a_process_has_its_mirrored_mask_in_the_second_view():
+    backbone, geometry = unet(dropout=0.0)
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, mask_fill="zero", views="other_masks").train()
+    image, mask = batch_of(geometry, 1)
+    seen = apply_mask(image, mask.flip(2, 3, 4), "zero")
+    torch.testing.assert_close(step(image, mask).views[1], step.network_def.project(backbone.encode(seen)[-1]))
+
+
+def test_unknown_views_are_refused():
+    backbone, geometry = unet()
+    with pytest.raises(ValueError, match="views: found 'crops', expected one of other_masks, dropout"):
+        PretrainStep(HybridMIM(backbone, geometry), geometry, views="crops")
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_the_second_view_gives_no_gradient_to_the_encoder(views):
+    backbone, geometry = unet()
+    step = PretrainStep(HybridMIM(backbone, geometry), geometry, views=views).train()
     image, mask = batch_of(geometry)
     _, second = step(image, mask).views
     second.sum().backward()

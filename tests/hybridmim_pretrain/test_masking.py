@@ -9,12 +9,14 @@ from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
 from scripts.masking import (
+    MASK_FILLS,
     ApplyMaskd,
     FixedDrawd,
     Geometry,
     RandPatchMaskd,
     apply_mask,
     max_entropy_counts,
+    require_fill,
 )
 
 PAPER = Geometry((96, 96, 96), (32, 32, 32), (16, 16, 16), (64, 64, 64), 16)
@@ -110,18 +112,56 @@ def test_fixed_draw_is_the_same_for_the_same_scan():
     assert torch.equal(first, outer(scan("/a/one.nii.gz"))["mask"])
 
 
-def test_apply_mask_fills_all_channels_of_the_masked_patches_only():
+def masked_parts(mask, size):
+    """Which voxels are masked, by brute force over the patches: bool [B, *size]."""
+    found = torch.zeros(len(mask), *size, dtype=torch.bool)
+    p = [s // g for s, g in zip(size, mask.shape[2:], strict=True)]
+    for b, i, j, k in np.argwhere(mask[:, 0].numpy()):
+        found[b, i * p[0] : (i + 1) * p[0], j * p[1] : (j + 1) * p[1], k * p[2] : (k + 1) * p[2]] = True
+    return found
+
+
+@pytest.mark.parametrize("fill", MASK_FILLS)
+def test_apply_mask_changes_all_channels_of_the_masked_patches_only(fill):
     image = torch.rand(2, 3, *ANISOTROPIC.roi_size) + 0.1
     mask = masks(ANISOTROPIC, 2)
-    hidden = apply_mask(image, mask, fill=-1.0)
-    p = ANISOTROPIC.patch_size
-    for i, j, k in np.ndindex(*mask.shape[2:]):
-        part = (..., *(slice(n * s, (n + 1) * s) for n, s in zip((i, j, k), p, strict=True)))
-        for b in range(2):
-            expected = torch.full_like(image[b][part], -1) if mask[b, 0, i, j, k] else image[b][part]
-            assert torch.equal(hidden[b][part], expected)
-    single = ApplyMaskd(fill=-1.0)({"image": image[0], "mask": mask[0]})
-    assert torch.equal(single["image"], hidden[0])
+    changed = apply_mask(image, mask, fill) != image
+    assert torch.equal(changed, masked_parts(mask, image.shape[2:])[:, None].expand_as(image))
+
+
+def test_what_stands_in_masked_patches():
+    image = torch.rand(4, 2, *ANISOTROPIC.roi_size) * 0.5 + 0.1
+    image[..., :8] = 0  # padding
+    mask = masks(ANISOTROPIC, 4)
+    hidden = masked_parts(mask, image.shape[2:])[:, None].expand_as(image)
+    assert (apply_mask(image, mask, "zero")[hidden] == 0).all()
+    # two crops of each of two scans: the fill is from the other scan, at the same place
+    other = apply_mask(image, mask, "foreign", shift=2)
+    assert torch.equal(other[hidden], image[[2, 3, 0, 1]][hidden])
+    assert torch.equal(apply_mask(image, mask, "foreign", shift=-1)[hidden], image[[1, 2, 3, 0]][hidden])
+    # two crops of the only scan, and a single crop
+    assert torch.equal(apply_mask(image[:2], mask[:2], "foreign", shift=2)[hidden[:2]], image[[1, 0]][hidden[:2]])
+    assert torch.equal(apply_mask(image[:1], mask[:1], "foreign")[hidden[:1]], image[:1].flip(2, 3, 4)[hidden[:1]])
+    for number in range(4):
+        for channel in range(2):
+            inside = hidden[number, channel]
+            visible = image[number, channel][~inside & (image[number, channel] > 0)]
+            mean = apply_mask(image, mask, "mean")[number, channel][inside]
+            torch.testing.assert_close(mean, visible.mean().expand_as(mean))
+            noise = apply_mask(image, mask, "noise")[number, channel][inside]
+            assert abs(noise.mean() - visible.mean()) < 0.02
+            assert abs(noise.std() / visible.std(unbiased=False) - 1) < 0.1
+
+
+def test_inference_masks_a_scan_by_itself():
+    image, mask = torch.rand(1, *ANISOTROPIC.roi_size), masks(ANISOTROPIC, 1)
+    found = ApplyMaskd(fill="foreign")({"image": image, "mask": mask[0]})["image"]
+    assert torch.equal(found[None], apply_mask(image[None], mask, "foreign"))
+
+
+def test_an_unknown_fill_is_refused():
+    with pytest.raises(ValueError, match=r"mask_fill: found 0\.0, expected one of foreign, zero, mean, noise"):
+        require_fill(0.0)
 
 
 def test_a_volume_that_is_no_multiple_of_the_region_is_refused():

@@ -65,13 +65,22 @@ def test_the_cards_of_the_best_weights(run):
 
 
 METHODS = [
-    ((), {"name": "HybridMIM", "mask_ratio": 0.4, "mask_scheme": "two_level", "weight_loc": 0.1}),
-    (("swin_unetr", "mri"), {"name": "HybridMIM", "mask_ratio": 0.4}),
+    (
+        (),
+        {
+            "name": "HybridMIM",
+            "mask_ratio": 0.4,
+            "mask_scheme": "two_level",
+            "mask_fill": "foreign",
+            "weight_loc": 0.01,
+        },
+    ),
+    (("swin_unetr", "mri", "published"), {"name": "HybridMIM", "mask_fill": "zero", "views": "dropout"}),
     (("mae",), {"name": "MAE", "mask_ratio": 0.75, "mae_decoder_layers": 1}),
     (("simmim",), {"name": "SimMIM", "mask_ratio": 0.75, "token_size": [16, 16, 16]}),
     (("simclr", "vit"), {"name": "SimCLR", "temperature": 0.5, "projection_size": 128}),
 ]
-NETWORKS = {(): "UNet", ("swin_unetr", "mri"): "SwinUNETR"}
+NETWORKS = {(): "UNet", ("swin_unetr", "mri", "published"): "SwinUNETR"}
 
 
 @pytest.mark.parametrize(("overlays", "method"), METHODS, ids=["+".join(o) or "train" for o, _ in METHODS])

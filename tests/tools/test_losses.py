@@ -34,8 +34,9 @@ def draw(geometry, seed=0, batch=2, channels=2, padded=False):
     roi, region, patch = geometry
     g = torch.Generator().manual_seed(seed)
     image = torch.rand((batch, channels, *roi), generator=g) * 0.9 + 0.05
-    if padded:  # one patch and a half of padding at the start of the first axis
+    if padded:  # one patch and a half of padding at the start of the first axis, and a patch of air at its end
         image[:, :, : patch[0] + patch[0] // 2] = 0
+        image[:, :, -patch[0] :, : patch[1], : patch[2]] = 0.001
     mask = torch.rand((batch, 1, *(r // p for r, p in zip(roi, patch, strict=True))), generator=g) < 0.4
     regions = [r // s for r, s in zip(roi, region, strict=True)]
     m = math.prod(s // p for s, p in zip(region, patch, strict=True))
@@ -54,16 +55,20 @@ def voxels(size):
 
 
 def region_facts(image, mask, geometry):
-    """For each sample and region: [(masked, holds a part of the scan)] of its patches, from voxel coordinates."""
+    """For each sample and region: [(masked, of more than one intensity)] of its patches, from voxel coordinates."""
     roi, region, patch = geometry
     facts = {}
     for b in range(len(image)):
         for v in voxels(roi):
             r = tuple(x // s for x, s in zip(v, region, strict=True))
             p = tuple(x // s for x, s in zip(v, patch, strict=True))
-            entry = facts.setdefault((b, r), {}).setdefault(p, [bool(mask[(b, 0, *p)]), False])
-            entry[1] |= bool((image[(b, slice(None), *v)] > 0).any())
-    return {key: [patches[p] for p in sorted(patches)] for key, patches in facts.items()}
+            value = tuple(image[(b, slice(None), *v)].tolist())
+            entry = facts.setdefault((b, r), {}).setdefault(p, [bool(mask[(b, 0, *p)]), set()])
+            entry[1].add(value)
+    return {
+        key: [(masked, len(values) > 1) for _, (masked, values) in sorted(patches.items())]
+        for key, patches in facts.items()
+    }
 
 
 @pytest.mark.parametrize("padded", [False, True])

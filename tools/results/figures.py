@@ -50,7 +50,10 @@ COMPARISONS = (  # title, y axis, metric, its baseline (a column or a constant),
     ("number of masked patches", "accuracy", "val_number_accuracy", "val_number_majority", "majority"),
     ("location of masked patches", "AUROC", "val_location_auroc", 0.5, "chance"),
     ("retrieval of the other view", "accuracy", "val_retrieval_accuracy", "val_retrieval_chance", "chance"),
+    ("same scan, another mask", "accuracy", "val_scan_retrieval", "val_scan_mask_chance", "chance"),
+    ("same mask, another scan", "accuracy", "val_mask_retrieval", "val_scan_mask_chance", "chance"),
 )
+SHARES = {"val_scan_variance_": "scan", "val_mask_variance_": "mask"}  # of the features' variance, by stride
 
 
 def mid_planes(volume: np.ndarray) -> dict[str, np.ndarray]:
@@ -97,7 +100,7 @@ def reconstruction_figure(
         title: heading of the figure.
         spacing: voxel size in mm along H, W and D.
         counted: true [H, W, D] where voxels were masked. With it those voxels are tinted in the masked
-            input, and the reconstruction (elsewhere the input) and the error are shown in them alone.
+            input where they are 0, and the reconstruction (elsewhere the input) and the error are shown in them alone.
 
     Raises:
         ValueError: an array is not [H, W, D], or the shapes differ.
@@ -118,7 +121,7 @@ def reconstruction_figure(
     largest = max(float(np.quantile(known, 0.995)), 1e-3) if known.size else 1.0
     columns = {
         "input": image,
-        "masked input": masked if counted is None else np.where(holes, np.nan, masked),
+        "masked input": masked if counted is None else np.where(holes & (masked == 0), np.nan, masked),
         "reconstruction": np.where(holes, reconstruction, image),
         "absolute error": error,
     }
@@ -166,6 +169,37 @@ def views_figure(
     for plane, aspect, row in rows:
         for axes, view in zip(row, pictures.values(), strict=True):
             axes.imshow(view[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+    _title(figure, title)
+    _save(figure, path)
+
+
+def features_figure(
+    path: str | Path,
+    image: Volume,
+    features: Mapping[str, Volume],
+    *,
+    title: str,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:
+    """Draw features of an encoder as colours beside the scan, in three planes (PNG).
+
+    Args:
+        path: file to write; parent folders are created, and the file is written atomically.
+        image: the scan, one channel [H, W, D] in RAS axes, intensities 0 to 1.
+        features: heading → colours [3, H, W, D], 0 to 1.
+        title: heading of the figure.
+        spacing: voxel size in mm along H, W and D.
+    """
+    image = torch.as_tensor(image).detach().cpu().float().numpy()
+    pictures = {"scan": mid_planes(image)}
+    for name, colours in features.items():
+        channels = [mid_planes(channel) for channel in torch.as_tensor(colours).detach().cpu().float().numpy()]
+        pictures[name] = {plane: np.stack([c[plane] for c in channels], axis=-1) for plane in channels[0]}
+    width = 0.35 + 2.6 * len(pictures)
+    figure, rows = _three_planes(list(pictures), image.shape, spacing, width=width, right=1.0, picture=2.55)
+    for plane, aspect, row in rows:
+        for axes, columns in zip(row, pictures.values(), strict=True):
+            axes.imshow(columns[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     _title(figure, title)
     _save(figure, path)
 
@@ -367,7 +401,8 @@ def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
     values = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
     terms = [name for name in values if name.startswith("loss")]
     comparisons = [comparison for comparison in COMPARISONS if comparison[2] in values]
-    panels = len(terms) + len(comparisons)
+    shares = [prefix for prefix in SHARES if any(name.startswith(prefix) for name in values)]
+    panels = len(terms) + len(comparisons) + len(shares)
     if "epoch" not in values or not panels:
         raise ValueError(
             f"metrics_csv: got {str(metrics_csv)!r} with columns {', '.join(values) or 'none'}, expected "
@@ -393,6 +428,13 @@ def curves_figure(metrics_csv: str | Path, path: str | Path) -> None:
         elif reference in values:
             _curve(axes, values["epoch"], values[reference], name, REFERENCE, "--")
         axes.legend(fontsize=8)
+    for prefix in shares:
+        axes = _panel(next(places), f"variance of the features by the {SHARES[prefix]}", "share")
+        for number, name in enumerate(name for name in values if name.startswith(prefix)):
+            stride = name.removeprefix(prefix)
+            _curve(axes, values["epoch"], values[name], f"1/{stride}" if stride != "1" else "full size", f"C{number}")
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8, title="level", title_fontsize=8)
     _save(figure, path)
     print(f"{panels} curves of {len(rows)} epochs written to {path}")
 

@@ -2,7 +2,7 @@
 
             ┌─ decode a box ──────────→ reconstruction      pixel level
     crop → mask → encode ─┬─ mean of each region ─→ number, location    region level
-            └─ again, other dropout ──→ two projections     sample level
+            └─ again, other mask ─────→ two projections     sample level
 
 `HybridMIM` is the network: a backbone and three heads, each a linear layer. `PretrainStep` runs one pre-training step,
 as in the figure.
@@ -22,7 +22,9 @@ from tools.losses import Prediction
 
 from .backbones import Backbone, Box, dropout_active, pooled, whole
 from .gathering import gather
-from .masking import Geometry, RandPatchMaskd, apply_mask
+from .masking import Geometry, RandPatchMaskd, another, apply_mask, require_fill
+
+VIEWS = ("other_masks", "dropout")
 
 
 class HybridMIM(nn.Module):
@@ -76,16 +78,22 @@ class PretrainStep(nn.Module):
     evaluation the whole crop is decoded, only the two views use dropout, and nothing is gathered, because the
     processes may have batches of different sizes.
 
+    With `views: dropout`, as published, both views show the same masked crop and differ by dropout alone, so they have
+    the mask in common, too. With `other_masks` each crop is seen under its own mask and under its neighbour's.
+
     Args:
         network_def: the network that is trained.
         geometry: sizes of crop, patch and decoded box (`decode_size`).
         decode_box: position of the decoded box: `random` (a new aligned position at every step), or its first
             voxel (three numbers).
         contrastive: whether to make the two views.
-        mask_fill: value of the masked voxels.
+        mask_fill: what stands in masked voxels, of `MASK_FILLS`.
+        views: how the two views differ, of `VIEWS`.
+        crops_per_volume: crops of one scan that follow each other in a batch, for `mask_fill: foreign`.
 
     Raises:
-        ValueError: `decode_box` is neither `random` nor three numbers, is not aligned, or exceeds the crop.
+        ValueError: `decode_box` is neither `random` nor three numbers, is not aligned, or exceeds the crop; or
+            `mask_fill` or `views` is unknown.
     """
 
     images_per_crop = 1  # number of images per crop in a batch
@@ -96,21 +104,27 @@ class PretrainStep(nn.Module):
         geometry: Geometry,
         decode_box: str | Sequence[int] = "random",
         contrastive: bool = True,
-        mask_fill: float = 0.0,
+        mask_fill: str = "zero",
+        views: str = "dropout",
+        crops_per_volume: int = 1,
     ) -> None:
         super().__init__()
         self.network_def = network_def
         self.geometry = geometry
         self.decode_box = decode_box
         self.contrastive = contrastive
-        self.mask_fill = mask_fill
+        self.mask_fill = require_fill(mask_fill)
+        if views not in VIEWS:
+            raise ValueError(f"views: found {views!r}, expected one of {', '.join(VIEWS)}")
+        self.views = views
+        self.crops_per_volume = crops_per_volume
         self.has_unused_parameters = not contrastive  # the projection
         self._check_decode_box()
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         """Image [B, C, H, W, D] in (0, 1], mask bool [B, 1, P1, P2, P3] → predictions of all levels."""
         backbone = self.network_def.backbone
-        visible = apply_mask(image, mask, self.mask_fill)
+        visible = self.hide(image, mask)
         features = backbone.encode(visible)
         box = self.draw_box() if self.training else whole(image.shape[2:])
         number, location = self.network_def.perceive(features[-1])
@@ -119,18 +133,35 @@ class PretrainStep(nn.Module):
             box=box,
             number=number,
             location=location,
-            views=self.two_views(visible, features) if self.contrastive else None,
+            views=self.two_views(image, mask, visible, features) if self.contrastive else None,
+            visible=visible,
         )
 
-    def two_views(self, visible: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Two projections [N, E] that differ only by dropout; the second has no gradient through the encoder."""
+    def hide(self, image: Tensor, mask: Tensor, shift: int = 1) -> Tensor:
+        """What the network sees of the crops; `shift`: the scan of the batch that a foreign fill comes from."""
+        return apply_mask(image, mask, self.mask_fill, shift * self.crops_per_volume)
+
+    def encode(self, image: Tensor, mask: Tensor) -> list[Tensor]:
+        """Features of all levels of the masked crops."""
+        return self.network_def.backbone.encode(self.hide(image, mask))
+
+    def two_views(self, image: Tensor, mask: Tensor, visible: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Two projections [N, E] of each crop; the second has no gradient through the encoder."""
         backbone, project = self.network_def.backbone, self.network_def.project
+        if self.views == "other_masks":
+            other = self.hide(image, another(mask), shift=-1)
+
+        def again() -> Tensor:
+            if self.views == "other_masks":
+                return backbone.encode(other)[-1]
+            return backbone.encode_again(visible, features)[-1]
+
         if not self.training:
             with dropout_active(backbone):
-                views = [backbone.encode_again(visible, features)[-1] for _ in range(2)]
-            return project(views[0]), project(views[1])
+                first, second = backbone.encode_again(visible, features)[-1], again()
+            return project(first), project(second)
         with torch.no_grad():
-            second = backbone.encode_again(visible, features)[-1]
+            second = again()
         return gather(project(features[-1])), gather(project(second))
 
     def draw_box(self) -> Box:
@@ -149,7 +180,8 @@ class PretrainStep(nn.Module):
         return [
             (
                 "masking",
-                f"{mask.describe()}; regions of {size_text(g.region_size)}; decoded box {size_text(g.decode_size)}",
+                f"{mask.describe()}, filled with {self.mask_fill}; regions of {size_text(g.region_size)}; "
+                f"decoded box {size_text(g.decode_size)}",
             )
         ]
 

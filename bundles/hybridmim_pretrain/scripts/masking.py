@@ -1,7 +1,7 @@
 """The two-level masking hierarchy: which patches of a crop are hidden from the network (arXiv 2303.10333).
 
 A crop is divided into regions, a region into patches. Level one draws how many patches of each region are
-masked, level two which ones. A mask has one boolean per patch; `apply_mask` fills the voxels on the device.
+masked, level two which ones. A mask has one boolean per patch; `apply_mask` hides the voxels on the device.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tools.common.text import size_text
 from tools.losses import expand_mask, scan_voxels
 
 MASK_SCHEMES = ("two_level", "uniform")
+MASK_FILLS = ("foreign", "zero", "mean", "noise")
 Size = tuple[int, int, int]
 
 
@@ -70,9 +71,51 @@ class Geometry:
         return tuple(r // p for r, p in zip(self.region_size, self.patch_size, strict=True))
 
 
-def apply_mask(image: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
-    """Fill the masked patches of image [B, C, H, W, D] in all channels; mask [B, 1, P1, P2, P3]."""
-    return torch.where(expand_mask(mask, image.shape[2:]), fill, image)
+def apply_mask(image: Tensor, mask: Tensor, fill: str = "zero", shift: int = 1) -> Tensor:
+    """Hide the masked patches of image [B, C, H, W, D] in all channels; mask [B, 1, P1, P2, P3].
+
+    Args:
+        image: crops.
+        mask: bool, one entry for each patch.
+        fill: what stands in masked voxels. `foreign`: the same patch of another crop of the batch, so that no value
+            gives it away; `zero`, as published; `mean`: of the crop's visible voxels; `noise`: of their mean and
+            standard deviation.
+        shift: with `foreign`, which other crop: so many back in the batch. Crops of one scan follow each other, so the
+            number of crops per scan leads to another scan.
+    """
+    hidden = expand_mask(mask, image.shape[2:])
+    if fill == "zero":
+        return torch.where(hidden, 0.0, image)
+    if fill == "foreign":
+        return torch.where(hidden, another(image, shift), image)
+    visible = scan_voxels(image) & ~hidden
+    count = visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    mean = (image * visible).sum((2, 3, 4), keepdim=True) / count
+    if fill == "mean":
+        return torch.where(hidden, mean, image)
+    deviation = (((image - mean) ** 2 * visible).sum((2, 3, 4), keepdim=True) / count).sqrt()
+    return torch.where(hidden, mean + deviation * torch.randn_like(image), image)
+
+
+def another(batch: Tensor, shift: int = 1) -> Tensor:
+    """For each entry of a batch [B, C, …] another one: `shift` back; the one before if the batch is of one scan.
+
+    A single entry has its mirror image.
+    """
+    if len(batch) == 1:
+        return batch.flip(2, 3, 4)
+    return batch.roll(shift if abs(shift) < len(batch) else 1, 0)
+
+
+def require_fill(fill: object) -> str:
+    """Return what stands in masked voxels.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    if fill not in MASK_FILLS:
+        raise ValueError(f"mask_fill: found {fill!r}, expected one of {', '.join(MASK_FILLS)}")
+    return fill
 
 
 def empty_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -83,7 +126,7 @@ def empty_patches(image: Tensor, patch_size: Sequence[int]) -> Tensor:
 class RandPatchMaskd(Randomizable, Transform):
     """Draws a random mask for a volume and adds it as the entry `mask`.
 
-    The image does not change; `apply_mask` fills the masked patches on the device. In both schemes, exactly
+    The image does not change; `apply_mask` hides the masked patches on the device. In both schemes, exactly
     `round(mask_ratio × patches)` patches are masked:
 
     - `two_level`: draws, for each region, first how many of its patches are masked, then which. The counts follow
@@ -157,15 +200,19 @@ class RandPatchMaskd(Randomizable, Transform):
 
 
 class ApplyMaskd(Transform):
-    """Fills the masked patches of a volume [C, H, W, D] on the CPU, for inference on whole scans.
+    """Hides the masked patches of a volume [C, H, W, D] on the CPU, for inference on whole scans.
 
     Args:
-        fill: value of masked voxels.
+        fill: what stands in masked voxels, as in `apply_mask`; there is no other scan, so `foreign` takes the mirror
+            image.
         key: entry that is masked, with the entry `mask` that `RandPatchMaskd` added.
+
+    Raises:
+        ValueError: unknown fill.
     """
 
-    def __init__(self, fill: float = 0.0, key: str = "image") -> None:
-        self.fill = fill
+    def __init__(self, fill: str = "zero", key: str = "image") -> None:
+        self.fill = require_fill(fill)
         self.key = key
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:

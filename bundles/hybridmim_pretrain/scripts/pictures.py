@@ -20,12 +20,10 @@ class ValidationFigure:
 
     Args:
         figure_dir: folder of the pictures, one PNG for each validation.
-        mask_fill: value of the masked voxels.
     """
 
-    def __init__(self, figure_dir: str | Path, mask_fill: float = 0.0) -> None:
+    def __init__(self, figure_dir: str | Path) -> None:
         self.figure_dir = Path(figure_dir)
-        self.mask_fill = mask_fill
 
     def attach(self, engine: Engine) -> None:
         """Attach to the validator."""
@@ -45,10 +43,11 @@ class ValidationFigure:
             views_figure(self.figure_dir / f"views_epoch={epoch:04d}.png", first, second, **labels)
             return
         image, mask = output["image"][:1], output["mask"][:1]
+        seen = output["pred"].visible
         reconstruction_figure(
             self.figure_dir / f"reconstruction_epoch={epoch:04d}.png",
             image[0, 0].cpu(),
-            apply_mask(image, mask, self.mask_fill)[0, 0].cpu(),
+            (apply_mask(image, mask) if seen is None else seen)[0, 0].cpu(),
             output["pred"].reconstruction[0, 0].float().cpu(),
             counted=(expand_mask(mask, image.shape[2:]) & scan_voxels(image))[0, 0].cpu(),
             **labels,
