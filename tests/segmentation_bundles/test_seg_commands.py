@@ -145,7 +145,11 @@ def test_another_network_is_refused_before_any_work(trained, workflow, samples, 
     with pytest.raises(RuntimeError) as error:
         workflow("hippocampus", "infer", ["inference"], **options).run()
     cause = root_cause(error.value)
-    assert isinstance(cause, WeightsError) and "these are not the weights of a UNet" in str(cause)
+    assert isinstance(cause, WeightsError)
+    assert "model.json: network: found UNet (in_channels 1, unet_features [4, 4, 8, 8, 16, 4]), expected UNet" in str(
+        cause
+    )
+    assert '--unet_features "[4, 4, 8, 8, 16, 4]"' in str(cause)
     assert not list(tmp_path.rglob("*_seg.nii.gz"))
 
 

@@ -1,4 +1,5 @@
-"""Small helpers that know nothing of scans or networks: text, errors, files, tables, the config that is being run.
+"""Small helpers that know nothing of scans or networks: text, errors, files, tables, cards of weights, the config
+that is being run.
 
 Nothing here imports another room.
 """

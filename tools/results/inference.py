@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tools.common.cards import card_path, read_card
 from tools.common.tables import print_table
 from tools.common.windows import require_roi
 from tools.data.classes import Classes, class_text, label_values
+from tools.data.preparation import Preparation
 from tools.data.runs import channel_lines, require_usable
 
 
@@ -19,6 +21,7 @@ def start_inference(
     workers: int,
     remember: str,
     ckpt_path: str,
+    prepared: Preparation,
     roi_size: Sequence[int],
     stride: int,
 ) -> None:
@@ -31,15 +34,17 @@ def start_inference(
         classes: class name → label values.
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks.
-        ckpt_path: file of the weights, for the table.
+        ckpt_path: file of the weights.
+        prepared: how scans are prepared, for the table.
         roi_size: size of the sliding window, voxels.
         stride: total downsampling of the network.
 
     Raises:
         ScanError: scans are unusable.
-        ValueError: the window does not fit the network.
+        ValueError: the window does not fit the network, or the weights were trained for other classes.
     """
     require_roi(roi_size, stride)
+    _require_classes(ckpt_path, classes)
     require_usable(items, channels, workers, remember, label_values(classes))
     print_table(
         [
@@ -47,5 +52,15 @@ def start_inference(
             *channel_lines(items[0], modalities),
             ("labels", class_text(classes)),
             ("weights", str(ckpt_path)),
+            *prepared.lines,
         ]
     )
+
+
+def _require_classes(ckpt_path: str, classes: Classes) -> None:
+    trained = (read_card(ckpt_path) or {}).get("classes", classes)
+    if list(trained.items()) != list(classes.items()):  # their order is that of the channels
+        raise ValueError(
+            f"classes: found {dict(classes)}, expected those that {ckpt_path} was trained for "
+            f'({card_path(ckpt_path)}): --classes "{trained}"'
+        )

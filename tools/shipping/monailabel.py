@@ -11,11 +11,16 @@ from pathlib import Path
 
 from monai.bundle import ConfigParser
 
+from tools.common.cards import card_path
+from tools.shipping.release import merge_overlay
+from tools.shipping.verify import WEIGHTS
 from tools.weights.checkpoints import check_weights
 
 APP = "monaibundle"
 # outputs of runs, except model.pt
 LEFT_OUT = shutil.ignore_patterns("eval", "cache", "checkpoint_epoch=*.pt", "__pycache__", ".*")
+# MONAI Label trains on from model.pt, so that scans must be prepared as its card says
+TRAIN_ON = f"pretrained: $@bundle_root + '/{WEIGHTS}'\npreprocessing: as_pretrained\n"
 
 
 def require_monailabel() -> None:
@@ -36,20 +41,23 @@ def require_bundle(bundle: str | Path) -> Path:
     Raises:
         ValueError: a file is missing.
         WeightsError: the weights belong to another network, for instance that of an overlay.
+        CardError: their card is damaged, of a later version, or of other weights.
     """
     folder = Path(bundle).resolve()
-    needed = ("configs/metadata.json", "configs/inference.yaml", "configs/train.yaml", "models/model.pt")
+    needed = ("configs/metadata.json", "configs/inference.yaml", "configs/train.yaml", WEIGHTS)
     missing = [file for file in needed if not (folder / file).is_file()]
     if missing:
         raise ValueError(f"{folder}: found no {', '.join(missing)}; expected a bundle with its weights")
     parser = ConfigParser()
     parser.read_config(folder / "configs/inference.yaml")
-    check_weights(folder / "models/model.pt", parser.get_parsed_content("network_def"))
+    check_weights(folder / WEIGHTS, parser.get_parsed_content("network_def"))
     return folder
 
 
 def add_bundle(bundle: str | Path, app: Path) -> str:
     """Copy a bundle to an app, and return its name; an existing copy is kept, with what it has learnt.
+
+    If the weights have a card, the copy trains on scans that are prepared as it says.
 
     Raises:
         ValueError: as in `require_bundle`, for the app's copy if it exists.
@@ -63,6 +71,9 @@ def add_bundle(bundle: str | Path, app: Path) -> str:
     part = target.with_name(f".{os.getpid()}.{name}")
     try:
         shutil.copytree(source, part, ignore=LEFT_OUT)
+        if card_path(source / WEIGHTS).is_file():
+            train = part / "configs/train.yaml"
+            train.write_text(merge_overlay(train.read_text(encoding="utf-8"), TRAIN_ON), encoding="utf-8")
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

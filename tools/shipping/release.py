@@ -17,12 +17,13 @@ import yaml
 from monai.apps.utils import check_hash
 from monai.bundle import ConfigParser
 
+from tools.common.cards import CardError, card_path
 from tools.common.files import atomic_path, write_json
 from tools.shipping.verify import LARGE_FILES, WEIGHTS, BundleError, find_bundles, require_weights, static_checks
 from tools.weights.checkpoints import WeightsError
 
 # released files of a bundle's folder, without run outputs, caches and data
-CONTENT = ("LICENSE", "configs/*.conf", "configs/*.json", "configs/*.yaml", "docs/**/*", "scripts/**/*.py", WEIGHTS)
+CONTENT = ("LICENSE", "configs/*.conf", "configs/*.json", "configs/*.yaml", "docs/**/*", "scripts/**/*.py")
 TOOLS = Path(__file__).resolve().parents[1]
 TIME = (1980, 1, 1, 0, 0, 0)  # date of every file in a zip: the earliest of the format
 MODE = 0o100644  # permissions of every file: readable by all
@@ -47,7 +48,8 @@ def release(
         output: folder to write to.
         variant: overlay (`swin_unetr`) to merge into the configs; the bundle is then called NAME_VARIANT.
         base_url: base URL of the published zip files, for `model_info.json`.
-        weights: file to release as `models/model.pt`, instead of that of the bundle; for a single bundle.
+        weights: file to release as `models/model.pt`, instead of that of the bundle; for a single bundle. Its card is
+            released with it.
 
     Raises:
         BundleError: a bundle is not fit for release.
@@ -88,8 +90,11 @@ def stage(folder: Path, parent: Path, variant: str | None = None, weights: str |
                 _copy(path, staged / path.relative_to(folder))
     for path in sorted(TOOLS.rglob("*.py")):
         _copy(path, staged / "tools" / path.relative_to(TOOLS))
-    if weights is not None:
-        _copy(Path(weights), staged / WEIGHTS)
+    source = folder / WEIGHTS if weights is None else Path(weights)
+    if weights is not None or source.is_file():
+        _copy(source, staged / WEIGHTS)
+        if card_path(source).is_file():
+            _copy(card_path(source), card_path(staged / WEIGHTS))
     if variant is not None:
         _merge_variant(staged, folder.name, variant)
     page = staged / "docs/README.md"
@@ -125,7 +130,7 @@ def _require_fit(folder: Path) -> None:
     if not problems and (folder / WEIGHTS).is_file():
         try:
             require_weights(folder)
-        except WeightsError as error:
+        except (CardError, WeightsError) as error:
             problems = [str(error)]
     if problems:
         text = "\n".join([f"{folder.name} is not fit for release:", *problems])

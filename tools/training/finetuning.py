@@ -15,6 +15,7 @@ from tools.common.text import bytes_text, size_text
 from tools.common.windows import require_roi
 from tools.data.classes import Classes, absent_classes, class_text, label_values, require_activation
 from tools.data.inspection import Scan
+from tools.data.preparation import Preparation
 from tools.data.runs import channel_lines, require_usable
 from tools.training.requirements import require_cache_room, require_resumable, scan_lines, training_memory
 from tools.weights.transfer import Transfer, is_encoder
@@ -90,7 +91,7 @@ def start_finetuning(
     world_size: int,
     cache: str,
     cache_dir: str,
-    spacing: Sequence[float] | None,
+    prepared: Preparation,
     resume_from: str | None,
 ) -> None:
     """Check that fine-tuning can run, then print the start table.
@@ -114,12 +115,13 @@ def start_finetuning(
         world_size: number of processes.
         cache: `none`, `memory` or `disk`.
         cache_dir: folder of the disk cache.
-        spacing: voxel size after resampling, mm, or None.
+        prepared: how scans are prepared.
         resume_from: folder of training checkpoints, or None for a new run.
 
     Raises:
         ScanError: cases are unusable.
         WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        CardError: the run to resume prepared scans in another way.
         OSError: the disk or the memory is too small for the cache.
         ValueError: the window does not fit the network, the classes do not fit the activation, or there are fewer
             cases than processes.
@@ -130,9 +132,9 @@ def start_finetuning(
         if found < world_size:
             raise ValueError(f"{found} {name} case(s) for {world_size} process(es); expected at least one for each")
     network = transfer.network
-    resumed = require_resumable(resume_from, network) if resume_from else None
+    resumed = require_resumable(resume_from, network, prepared) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember, label_values(classes))
-    cached = require_cache_room(scans, cache, cache_dir, spacing, labels=True)
+    cached = require_cache_room(scans, cache, cache_dir, prepared.spacing, labels=True)
     memory = training_memory(network, torch.rand(crops, channels, *roi_size, device="meta"))
     slower = f"; encoder at {encoder_lr_multiplier:g} of the learning rate" if encoder_lr_multiplier != 1 else ""
     frozen = f"; encoder frozen for {freeze_encoder_epochs} epoch(s)" if freeze_encoder_epochs else ""
@@ -141,6 +143,7 @@ def start_finetuning(
             *scan_lines(scans[: len(training)], scans[len(training) :], []),
             *channel_lines(training[0], modalities),
             ("labels", f"{_share_text(label_fraction)}; {class_text(classes)}"),
+            *prepared.lines,
             *_warnings(scans[: len(training)], classes),
             ("crops", f"{size_text(roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
             (

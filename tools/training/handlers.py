@@ -18,7 +18,7 @@ from monai.handlers import CheckpointSaver
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tools.common.files import atomic_path
+from tools.common.cards import save_weights
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
 from tools.weights.checkpoints import newest_checkpoint
@@ -163,6 +163,7 @@ class ValidateEpochs:
     def __call__(self, engine: Engine) -> None:
         """Validate now."""
         began = time.monotonic()
+        self.validator.state.steps = engine.state.iteration  # for the card of the weights
         with torch.random.fork_rng():  # a data loader draws a seed whenever it is iterated
             self.validator.run(engine.state.epoch)
         self.schedule.validated(engine, time.monotonic() - began)
@@ -254,22 +255,29 @@ class SeedEpochs:
 
 
 class BestWeights:
-    """Saves the weights with the best validation, as bare state dicts.
+    """Saves the weights with the best validation, as bare state dicts, each with its card.
 
     The best value so far is part of the training checkpoints, so that a resumed run does not replace a better model.
 
     Args:
         weights: file name → module whose weights are saved.
         ckpt_dir: folder to write to.
+        card: what the card says, as `training_card` returns it; epoch, steps and metrics are added.
         metric: name of the validation metric to compare.
         lower_is_better: whether a lower metric is better, as for a loss.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Module], ckpt_dir: str | Path, metric: str, lower_is_better: bool = False
+        self,
+        weights: Mapping[str, nn.Module],
+        ckpt_dir: str | Path,
+        card: Mapping[str, Any],
+        metric: str,
+        lower_is_better: bool = False,
     ) -> None:
         self.weights = weights
         self.ckpt_dir = Path(ckpt_dir)
+        self.card = card
         self.metric = metric
         self.lower_is_better = lower_is_better
         self.best = math.inf if lower_is_better else -math.inf
@@ -287,9 +295,12 @@ class BestWeights:
         self.best = value
         if idist.get_rank() > 0:
             return
+        state = validator.state
+        metrics = {name: float(f"{v:.6g}") if math.isfinite(v) else None for name, v in state.metrics.items()}
+        # only `ValidateEpochs` knows the steps
+        reached = {"epoch": state.epoch, "steps": getattr(state, "steps", None), "metrics": metrics}
         for name, module in self.weights.items():
-            with atomic_path(self.ckpt_dir / name) as temporary:
-                torch.save(module.state_dict(), temporary)
+            save_weights(self.ckpt_dir / name, module.state_dict(), {**self.card, **reached})
 
     def state_dict(self) -> dict[str, float]:
         """Return the state for a checkpoint."""

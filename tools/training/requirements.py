@@ -13,6 +13,7 @@ from torch import nn
 from tools.common.text import axis_ranges, bytes_text
 from tools.data.datasets import CACHES
 from tools.data.inspection import Scan
+from tools.data.preparation import Preparation
 from tools.data.store import KEEP_FREE, disk_room, memory_root
 from tools.weights.checkpoints import WeightsError, check_weights, newest_checkpoint
 
@@ -66,16 +67,18 @@ def _resampling(scan: Scan, spacing: Sequence[float] | None) -> float:
     return 1.0 if spacing is None else prod(scan.spacing) / prod(spacing)
 
 
-def require_resumable(ckpt_dir: str | Path, network: nn.Module) -> Path:
-    """Return the newest training checkpoint and check that it fits the network.
+def require_resumable(ckpt_dir: str | Path, network: nn.Module, prepared: Preparation) -> Path:
+    """Return the newest training checkpoint and check that it fits the network, and scans are prepared as before.
 
     Raises:
         WeightsError: there is no checkpoint, or it belongs to another network.
+        CardError: by the card of `model.pt`, scans were prepared in another way.
     """
     path = newest_checkpoint(ckpt_dir)
     if path is None:
         raise WeightsError(f"resume: no checkpoint_epoch=N.pt in ckpt_dir {ckpt_dir}")
     check_weights(path, network)
+    prepared.require_same(Path(ckpt_dir, "model.pt"))
     return path
 
 

@@ -10,6 +10,9 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from tools.common.cards import card_path, read_card, require_own
+from tools.weights.networks import describe_network, different, network_text, way_to
+
 # keys of the weights in training checkpoints: ours and MONAI's, most others, nnU-Net, and self-distillation
 CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
 
@@ -61,14 +64,36 @@ def _is_state(content: object) -> bool:
 
 
 def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
-    """Read the weights in a file and check that they fit the network exactly.
+    """Read the weights in a file and check that they, and their card if there is one, fit the network exactly.
 
     Raises:
-        WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them.
+        WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them. Or the card names
+            another network.
+        CardError: the card is damaged, of a later version, or of other weights.
     """
     found = read_weights(path)
+    require_card(path, found, network)
     require_same(path, found, network.state_dict())
     return found
+
+
+def require_card(path: str | Path, state: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Check the card beside a file of weights, if there is one: it belongs to them, and names this network.
+
+    Raises:
+        WeightsError: the card names another network.
+        CardError: the card is damaged, of a later version, or of other weights.
+    """
+    card = read_card(path)
+    if card is None:
+        return
+    require_own(path, card, state)
+    expected = describe_network(network)
+    if different(card["network"], expected):
+        raise WeightsError(
+            f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
+            f"{network_text(expected)}, which this config builds. {way_to(card['network'], expected)}"
+        )
 
 
 def require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

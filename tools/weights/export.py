@@ -13,7 +13,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tools.weights.checkpoints import WeightsError, require_same
+from tools.weights.checkpoints import WeightsError, require_card, require_same
 
 
 @torch.jit.script_if_tracing
@@ -123,6 +123,7 @@ def load_torchscript(
     Raises:
         WeightsError: the file does not exist, is not TorchScript, or was exported for another number of channels or
             classes, another network, or (if traced) another window.
+        CardError: the card beside it is damaged, of a later version, or of other weights.
     """
     wanted = "expected TorchScript, which `python -m monai.bundle ckpt_export` writes"
     if not Path(path).is_file():
@@ -132,6 +133,7 @@ def load_torchscript(
     except RuntimeError as error:  # without torch's text, which describes the inside of an archive
         raise WeightsError(f"{path}: ckpt_path: found what torch.jit.load cannot read, {wanted}") from error
     require_same(path, exported.state_dict(), network.state_dict())
+    require_card(path, exported.state_dict(), network)
     window = traced_window(exported)
     if window not in (None, list(roi_size)):
         raise WeightsError(

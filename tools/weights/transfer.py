@@ -12,8 +12,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,11 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 from torch import Tensor, nn
 
+from tools.common.cards import card_path, digest, read_card, require_own
 from tools.common.tables import print_table
 from tools.common.text import bytes_text, parse_bool, size_text
-from tools.weights.checkpoints import WeightsError, describe, read_checkpoint
+from tools.weights.checkpoints import WeightsError, describe, read_checkpoint, read_weights
+from tools.weights.networks import describe_network, is_other_encoder, network_text, way_to
 
 PARTS = ("encoder", "all")  # parts of the network that can be requested
 Grid = tuple[int, int, int]  # tokens along the three axes
@@ -33,9 +36,9 @@ Grid = tuple[int, int, int]  # tokens along the three axes
 # arguments of `load_pretrained` and their keys in a bundle's config
 SETTINGS = {name: f"pretrained_{name}" for name in ("parts", "decoder_levels", "min_fraction", "rescale", "roi_size")}
 
-# Levels of the modules of BasicUNet, SwinUNETR and UNETR: 0 is the encoder, then the decoder from its deepest level.
-# Convolutions on the skip paths (`encoder…`) have the decoder level that they feed, so the same name has different
-# levels in different networks.
+# Levels of the modules of BasicUNet, SwinUNETR, UNETR and ViT: 0 is the encoder, then the decoder from its deepest
+# level. Convolutions on the skip paths (`encoder…`) have the decoder level that they feed, so the same name has
+# different levels in different networks.
 LEVELS = (
     {
         **dict.fromkeys(("conv_0", "down_1", "down_2", "down_3", "down_4"), 0),
@@ -51,6 +54,7 @@ LEVELS = (
         **{"encoder4": 1, "encoder3": 2, "encoder2": 3, "encoder1": 4},
         **{"decoder5": 1, "decoder4": 2, "decoder3": 3, "decoder2": 4},
     },
+    dict.fromkeys(("patch_embedding", "blocks", "norm"), 0),
 )
 ENCODER = {module for levels in LEVELS for module, level in levels.items() if level == 0}
 OUTPUT = {"final_conv", "out"}
@@ -60,6 +64,7 @@ INPUT_CONVOLUTIONS = (
     "conv_0.conv_0.conv.weight",
     "swinViT.patch_embed.proj.weight",
     "vit.patch_embedding.patch_embeddings.weight",
+    "patch_embedding.patch_embeddings.weight",
     "encoder1.layer.conv1.conv.weight",
     "encoder1.layer.conv3.conv.weight",
 )
@@ -112,16 +117,22 @@ class TransferReport:
     """The report of a transfer.
 
     Attributes:
-        source: the file and its probable network; None if there is no file.
+        source: the file and its network, which is probable if there is no card; None if there is no file.
         tensors: one entry per tensor of the network, in its order.
         unused: number of unused tensors of the file, by module.
         rescaled: number of convolutions that were scaled to their initial norm.
+        origin: name and SHA-256 of the tensors of the file, for the card of the network that is trained from it.
+        way: what to type to build the network that the card of the file names; empty without a card.
+        heads: what became of the heads of pre-training; empty if they were not asked for.
     """
 
     source: str | None
     tensors: Sequence[TensorFate] = ()
     unused: dict[str, int] = field(default_factory=dict)
     rescaled: int = 0
+    origin: dict[str, str] | None = None
+    way: str = ""
+    heads: str = ""
 
     @property
     def asked(self) -> int:
@@ -148,6 +159,8 @@ class TransferReport:
         for tensor in self.tensors:
             modules.setdefault(_module(tensor.name), []).append(tensor)
         lines = [("pretrained", self.source), *((name, _fates(tensors)) for name, tensors in modules.items())]
+        if self.heads:
+            lines.append(("heads", self.heads))
         if self.unused:
             lines.append(("unused", f"{_listed(self.unused)}: in the file, but not in the network"))
         if self.rescaled:
@@ -207,13 +220,14 @@ def load_pretrained(
             hardly varies), but a learning rate then has the same effect on loaded and new convolutions. Applies to the
             decoder of a UNETR, not to its encoder.
         roi_size: crop size of pre-training, voxels; for a UNETR, whose position embeddings [1, tokens, E] are
-            interpolated from the token grid of that crop to that of the network. None: the grid of the network if the
-            number of tokens matches, else a cube.
+            interpolated from the token grid of that crop to that of the network. None: as the card says; without one,
+            the grid of the network if the number of tokens matches, else a cube.
 
     Raises:
         ValueError: an argument is out of range, or the type of the network is not supported.
         WeightsError: the file is not readable, has values that are not finite, fills too few tensors, or its position
-            embeddings do not fit `roi_size` or need it. The network is unchanged.
+            embeddings do not fit `roi_size` or need it. Or its card names another network. The network is unchanged.
+        CardError: the card beside the file is damaged, of a later version, or of other weights.
     """
     last = _last_level(network, parts, decoder_levels)
     _check_numbers(min_fraction, roi_size)
@@ -224,6 +238,46 @@ def load_pretrained(
     _require(report, min_fraction)
     network.load_state_dict(weights, strict=False)
     return Transfer(network, report)
+
+
+def load_start(network: nn.Module, backbone: nn.Module, init_from: str | None, resume: bool = False) -> Transfer:
+    """Load weights into a network of pre-training, in place, to train on from them.
+
+    Args:
+        network: network with its heads, with initial weights.
+        backbone: the part of it that is saved as `backbone.pt`; all of it is filled from the file, its output layer
+            too, as far as the file has it.
+        init_from: a `model.pt` of pre-training, whose heads are loaded if all of them fit, or other weights, as in
+            `load_pretrained`; None loads nothing.
+        resume: whether the run continues an interrupted one, which loads weights of its own.
+
+    Raises:
+        ValueError: both `init_from` and `resume`.
+        WeightsError: as in `load_pretrained`; the encoder must be filled to 90 %.
+        CardError: as in `load_pretrained`.
+    """
+    if init_from is None:
+        return Transfer(network, TransferReport(None))
+    if resume:
+        raise ValueError(
+            f"init_from: found {init_from}, together with resume: true; expected one of them: resume continues the run "
+            "in ckpt_dir, init_from starts a new one from weights"
+        )
+    weights, report = _plan(backbone, init_from, None, False, None)
+    encoder = [tensor for tensor in report.tensors if is_encoder(tensor.name)]
+    _require(replace(report, tensors=encoder), 0.9, adjustable=False)
+    own = {tensor.data_ptr() for tensor in backbone.state_dict().values()}
+    heads = {name: tensor for name, tensor in network.state_dict().items() if tensor.data_ptr() not in own}
+    found = {name: tensor for name, tensor in read_weights(init_from).items() if name in heads}
+    fit = all(name in found and found[name].shape == tensor.shape for name, tensor in heads.items())
+    if not fit:
+        found = {}
+    for name, tensor in found.items():
+        _check_finite(init_from, name, tensor)
+    backbone.load_state_dict(weights, strict=False)
+    network.load_state_dict(found, strict=False)
+    said = f"{len(heads)} tensors {'loaded' if fit else 'new, at random'}"
+    return Transfer(network, replace(report, heads=said, unused={} if fit else report.unused))
 
 
 def _levels(network: nn.Module) -> dict[str, int]:
@@ -273,15 +327,25 @@ def _check_numbers(min_fraction: float, roi_size: Sequence[int] | None) -> None:
 
 
 def _plan(
-    network: nn.Module, path: str | Path, last: int, rescale: bool, roi_size: Sequence[int] | None
+    network: nn.Module, path: str | Path, last: int | None, rescale: bool, roi_size: Sequence[int] | None
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """Return the tensors to load, and the report; loads nothing yet.
 
     Raises:
         WeightsError: the file is not readable, has values that are not finite, or its position embeddings are of
-            another or an unknown crop.
+            another or an unknown crop. Or its card names another network.
+        CardError: as in `load_pretrained`.
     """
     _, found = read_checkpoint(path)
+    card, own = read_card(path), describe_network(network)
+    if card is not None:
+        require_own(path, card, found)
+        roi_size = card["roi_size"] if roi_size is None else roi_size
+        if is_other_encoder(card["network"], own):
+            raise WeightsError(
+                f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
+                f"{network_text(own)}, which this config builds. {way_to(card['network'], own)}"
+            )
     expected = network.state_dict()
     match = match_names(found, expected)
     names = match.names
@@ -305,11 +369,17 @@ def _plan(
         fates.append(TensorFate(name, fate, why, asked))
     rescaled = _rescale(weights, expected, scale_free_convolutions(network)) if rescale else 0
     unused = dict(Counter(_short(name, match.prefix) for name in found if name not in set(names.values())))
-    return weights, TransferReport(f"{path} looks like {describe(found)}", fates, unused, rescaled)
+    origin = {"file": Path(path).name, "sha256": digest(found) if card is None else card["sha256"]}
+    if card is None:
+        return weights, TransferReport(f"{path} looks like {describe(found)}", fates, unused, rescaled, origin)
+    source, way = f"{path} is {network_text(card['network'])}", way_to(card["network"], own)
+    return weights, TransferReport(source, fates, unused, rescaled, origin, way)
 
 
-def _not_asked(name: str, levels: dict[str, int], last: int) -> str:
-    """Return why a tensor is not requested; empty if it is."""
+def _not_asked(name: str, levels: dict[str, int], last: int | None) -> str:
+    """Return why a tensor is not requested; empty if it is. `last` is the last level, None: everything is requested."""
+    if last is None:
+        return ""
     if is_output(name):
         return "the output layer starts at random"
     level = levels[_module(name)]
@@ -398,8 +468,8 @@ def _short(name: str, prefix: str) -> str:
     return name if f"{module}." in (".", prefix) else ".".join(module.split(".")[:3])
 
 
-def _require(report: TransferReport, min_fraction: float) -> None:
-    """Refuse a file that fills too few tensors, or none.
+def _require(report: TransferReport, min_fraction: float, adjustable: bool = True) -> None:
+    """Refuse a file that fills too few tensors, or none; `adjustable`: the config has keys for what is requested.
 
     Raises:
         WeightsError: too few tensors can be filled; the message lists the others with the reasons.
@@ -411,20 +481,18 @@ def _require(report: TransferReport, min_fraction: float) -> None:
     more = f"\n  … and {len(missing) - 10} more" if len(missing) > 10 else ""
     raise WeightsError(
         f"{report.source}; it fills {report.filled} of the {report.asked} requested tensors, "
-        f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction)}"
+        f"expected at least {min_fraction:.0%}:{listed}{more}\n{_advice(report, min_fraction, adjustable)}"
     )
 
 
-def _advice(report: TransferReport, min_fraction: float) -> str:
+def _advice(report: TransferReport, min_fraction: float, adjustable: bool) -> str:
     decoder_asked = any(tensor.asked and part_of(tensor.name) == "decoder" for tensor in report.tensors)
     encoder = report.counts()["encoder"]
     filled = encoder.total() - encoder["left out"]
     if decoder_asked and filled and filled >= min_fraction * encoder.total():
         return "Its encoder fits: `--pretrained_parts encoder` loads that alone"
-    return (
-        "Choose the network and sizes that the file was trained with (overlays such as configs/swin_unetr.yaml, "
-        "configs/unetr.yaml, configs/small.yaml), or accept fewer tensors with --pretrained_min_fraction"
-    )
+    fewer = ", or accept fewer tensors with --pretrained_min_fraction" if adjustable else ""
+    return f"{report.way or way_to({}, {})}{fewer}"
 
 
 # ------------------------------------------------------------------------------------------------ names in a file
@@ -569,7 +637,17 @@ def _file_lines(path: str) -> list[tuple[str, str]]:
         side = _cube(tokens)
         shape = f"{size_text([side] * 3)} if the crop was a cube" if side else "the crop was no cube"
         lines.append(("tokens", f"{tokens}: {shape} (not stored in the file)"))
-    return [*lines, ("other", _listed(rest))] if rest else lines
+    lines += [("other", _listed(rest))] if rest else []
+    card = read_card(path)
+    if card is None:
+        return [*lines, ("card", f"none: {card_path(path)} does not exist")]
+    require_own(path, card, state)
+    return [*lines, ("card", str(card_path(path))), *((key, _entry_text(value)) for key, value in card.items())]
+
+
+def _entry_text(value: Any) -> str:
+    """Entry of a card as text; an inner level in one line."""
+    return ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _beginning(match: Match) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import nn
 from tools.common.tables import print_table
 from tools.common.text import bytes_text, size_text
 from tools.data.inspection import Scan
+from tools.data.preparation import Preparation
 from tools.data.runs import require_usable
 from tools.losses import ContrastiveLoss, HybridMIMLoss, MaskedL1Loss
 from tools.training.requirements import require_cache_room, require_resumable, scan_lines, training_memory
+from tools.weights.transfer import Transfer, TransferReport
 
 from .hybridmim import PretrainStep
 from .simclr import SimCLRStep
@@ -37,7 +39,8 @@ def start_pretraining(
     world_size: int,
     cache: str,
     cache_dir: str,
-    spacing: Sequence[float] | None,
+    prepared: Preparation,
+    transfer: Transfer,
     resume_from: str | None,
 ) -> None:
     """Check that pre-training can run, then print the start table.
@@ -58,21 +61,23 @@ def start_pretraining(
         world_size: number of processes.
         cache: `none`, `memory` or `disk`.
         cache_dir: folder of the disk cache.
-        spacing: voxel size after resampling, mm, or None.
+        prepared: how scans are prepared.
+        transfer: report of the weights that the run starts from.
         resume_from: folder of training checkpoints, or None for a new run.
 
     Raises:
         ScanError: scans are unusable.
         WeightsError: the checkpoint to resume from is missing or belongs to another network.
+        CardError: the run to resume prepared scans in another way.
         OSError: the disk or the memory is too small for the cache.
         ValueError: the batch or the number of scans is too small, or the backbone is not part of the trained network.
     """
     _check_backbone(step.network_def, backbone)
     crops = min(crops, len(training) // world_size * crops_per_volume)
     _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
-    resumed = require_resumable(resume_from, step.network_def) if resume_from else None
+    resumed = require_resumable(resume_from, step.network_def, prepared) if resume_from else None
     scans = require_usable([*training, *validation], channels, workers, remember)
-    cached = require_cache_room(scans, cache, cache_dir, spacing)
+    cached = require_cache_room(scans, cache, cache_dir, prepared.spacing)
 
     network, g = step.network_def, step.geometry
     size = {module: sum(p.numel() for p in module.parameters()) for module in (network, backbone)}
@@ -83,6 +88,7 @@ def start_pretraining(
         [
             *scan_lines(scans[: len(training)], scans[len(training) :], left_out),
             ("crops", f"{size_text(g.roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
+            *prepared.lines,
             *step.lines(mask),
             ("loss", ", ".join(f"{weight:g} {name}" for name, weight in loss.weights.items())),
             (
@@ -94,9 +100,17 @@ def start_pretraining(
                 "memory",
                 f"about {bytes_text(memory)} per process for training in 32 bit, plus {bytes_text(cached)} of cache",
             ),
-            ("weights", f"resumed from {resumed}" if resumed else "new, at random"),
+            *_weight_lines(transfer.report, resumed),
         ]
     )
+
+
+def _weight_lines(report: TransferReport, resumed: Path | None) -> list[tuple[str, str]]:
+    if resumed is not None:
+        return [("weights", f"resumed from {resumed}")]
+    if report.source is None:
+        return [("weights", "new, at random")]
+    return [("weights", f"started from {report.source}"), *report.lines()[1:]]
 
 
 def _check_backbone(network: nn.Module, backbone: nn.Module) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import BasicUNet
 
+from tools.common.cards import save_weights
 from tools.shipping.monailabel import add_bundle, require_bundle, serve
+from tools.shipping.release import merge_overlay
+from tools.shipping.verify import BUNDLES
 from tools.weights.checkpoints import WeightsError
+from tools.weights.networks import describe_network
 
 FEATURES = [4, 4, 8, 8, 16, 4]
 CONFIG = """
@@ -50,6 +56,27 @@ def test_copies_a_bundle_without_what_its_runs_wrote(bundle, app):
         (bundle / file).write_text("x")
     assert add_bundle(bundle, app) == "some_seg"
     assert files(app / "model") == {f"some_seg/{file}" for file in there}
+
+
+def test_a_copy_trains_on_with_the_preparation_of_its_weights(app, tmp_path):
+    bundle = tmp_path / "hybridmim_spleen_seg"
+    shutil.copytree(BUNDLES / bundle.name / "configs", bundle / "configs")
+    inference = bundle / "configs/inference.yaml"
+    inference.write_text(merge_overlay(inference.read_text("utf-8"), f"unet_features: {FEATURES}\n"), "utf-8")
+    network = BasicUNet(3, 1, 2, FEATURES)
+    intensity = {"scaling": "window", "range": [-1000, 1000], "to": [0.001, 1.0]}
+    preparation = {"orientation": "RAS", "spacing": None, "intensity": intensity, "foreground_above": 0.25}
+    card = {"network": describe_network(network), "preparation": preparation, "roi_size": [32] * 3, "versions": {}}
+    save_weights(bundle / "models/model.pt", network.state_dict(), card)
+    add_bundle(bundle, app)
+    copy = app / "model" / bundle.name
+    parser = ConfigParser()
+    parser.read_config(copy / "configs/train.yaml")
+    parser.update({"bundle_root": str(copy), "unet_features": FEATURES})
+    assert parser.get_parsed_content("prepared").plain() == preparation
+    loaded = parser.get_parsed_content("transfer").network
+    assert torch.equal(loaded.down_4.convs.conv_1.conv.weight, network.down_4.convs.conv_1.conv.weight)
+    assert "\npreprocessing: own" in (bundle / "configs/train.yaml").read_text("utf-8")  # the original
 
 
 def test_keeps_what_the_app_has(bundle, app):

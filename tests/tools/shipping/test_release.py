@@ -18,8 +18,11 @@ import yaml
 from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR
 
+from tools.common.cards import card_path, save_weights
+from tools.shipping.install import install
 from tools.shipping.release import merge_overlay, release, stage
-from tools.shipping.verify import BUNDLES, BundleError, build_network, find_bundles
+from tools.shipping.verify import BUNDLES, BundleError, build_network, find_bundles, verify
+from tools.weights.networks import describe_network
 
 NAMES = [folder.name for folder in find_bundles(())]
 EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
@@ -210,6 +213,47 @@ def test_weights_of_a_run_go_into_a_variant(bundle, tmp_path):
     release(str(bundle), output=str(tmp_path), variant="swin_unetr", weights=str(tmp_path / "run.pt"))
     archive = zipfile.ZipFile(tmp_path / f"{bundle.name}_swin_unetr_v0.1.0.zip")
     assert archive.read(f"{bundle.name}_swin_unetr/models/model.pt") == (tmp_path / "run.pt").read_bytes()
+
+
+def save_run(folder, bundle):
+    """`model.pt` with its card, as a run of the bundle writes them."""
+    network = build_network(bundle)
+    intensity = {"scaling": "percentiles", "range": [5, 90], "to": [0.001, 1.0]}
+    preparation = {"orientation": "RAS", "spacing": [2, 2, 2], "intensity": intensity, "foreground_above": 0.01}
+    card = {"network": describe_network(network), "preparation": preparation, "roi_size": [48, 64, 48], "versions": {}}
+    save_weights(folder / "model.pt", network.state_dict(), card)
+    return folder / "model.pt"
+
+
+def test_a_card_goes_with_its_weights_and_is_used_after_installation(bundle, tmp_path):
+    weights = save_run(bundle / "models", bundle)
+    release(str(bundle), output=str(tmp_path))
+    archive = tmp_path / f"{bundle.name}_v0.1.0.zip"
+    install(archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest(), str(tmp_path / "installed"))
+    folder = tmp_path / "installed" / bundle.name
+    assert (folder / "models/model.json").read_bytes() == card_path(weights).read_bytes()
+    verify(str(folder))
+    parser = ConfigParser()
+    parser.read_config(folder / "configs/inference.yaml")
+    parser["bundle_root"] = str(folder)
+    assert parser.get_parsed_content("as_trained").spacing == [2, 2, 2]
+
+
+def test_weights_of_a_run_bring_their_own_card_or_none(bundle, tmp_path):
+    save_run(bundle / "models", bundle)
+    other = save_run(tmp_path / "run", bundle)
+    release(str(bundle), output=str(tmp_path / "with"), weights=str(other))
+    card_path(other).unlink()
+    release(str(bundle), output=str(tmp_path / "without"), weights=str(other))
+    name = f"{bundle.name}_v0.1.0.zip"
+    assert f"{bundle.name}/models/model.json" in members(tmp_path / "with" / name)
+    assert f"{bundle.name}/models/model.json" not in members(tmp_path / "without" / name)
+
+
+def test_a_card_of_other_weights_is_not_released(bundle, tmp_path):
+    weights = save_run(bundle / "models", bundle)
+    torch.save(build_network(bundle).state_dict(), weights)
+    refused(bundle, tmp_path, r"model\.json: belongs to other weights")
 
 
 def test_comments_stay_when_an_overlay_is_merged():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -9,6 +11,7 @@ from monai.data import DataLoader
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 
+from tools.common.cards import digest
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, report_metrics
 from tools.training import handlers
@@ -244,13 +247,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 )
 def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
     network, validator = torch.nn.Linear(1, 1), Engine(lambda *_: None)
-    handler = BestWeights({"model.pt": network}, tmp_path, "score", lower_is_better)
+    handler = BestWeights({"model.pt": network}, tmp_path, {"scans": 3}, "score", lower_is_better)
     handler.attach(validator)
     for epoch, value in enumerate(values):
         torch.nn.init.constant_(network.weight, epoch)
-        validator.state.metrics["score"] = value
+        validator.state.epoch, validator.state.steps = epoch, 10 * epoch
+        validator.state.metrics |= {"score": value, "absent": float("nan")}
         validator.fire_event(Events.COMPLETED)
         assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"] == kept[epoch]
-    again = BestWeights({}, tmp_path, "score", lower_is_better)
+        best, card = kept[epoch], json.loads((tmp_path / "model.json").read_text())
+        assert card.pop("sha256") == digest({"weight": torch.tensor([[float(best)]]), "bias": network.bias})
+        reached = {"epoch": best, "steps": 10 * best, "metrics": {"score": values[best], "absent": None}}
+        assert card == {"format": 1, "scans": 3, **reached}
+    again = BestWeights({}, tmp_path, {}, "score", lower_is_better)
     again.load_state_dict(handler.state_dict())
     assert again.best == handler.best
