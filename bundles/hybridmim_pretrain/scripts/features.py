@@ -113,7 +113,7 @@ class FeatureStudy:
         """Attach to the validator."""
         if hasattr(self.step, "encode"):
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
-            engine.add_event_handler(Events.COMPLETED, self._add)  # after the other metrics
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._add)  # after the other metrics, before their card
 
     def __call__(self, validator: Engine) -> None:
         """Study the first batch of this validation."""
