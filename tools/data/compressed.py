@@ -23,7 +23,7 @@ def inflate_start(data: bytes, size: int, kind: int = GZIP) -> bytes:
     try:
         return isal_zlib.decompressobj(kind).decompress(data, size)
     except isal_zlib.error as error:
-        raise UnfitError("is damaged, or not compressed as its name says: its data cannot be decompressed") from error
+        raise UnfitError("cannot be read: it is not compressed as its name says, or damaged") from error
 
 
 def inflate(data: bytes, most: int, kind: int = GZIP) -> bytes:

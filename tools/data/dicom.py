@@ -1,8 +1,8 @@
 """Reads DICOM series, and verifies their geometry: the affine matrix must put each slice where its own header does.
 
 pydicom reads headers and uncompressed pixels, ITK (GDCM) compressed pixels. GDCM alone drops slices that it cannot
-read, reads beyond the end of truncated ones, places the slices of a tilted gantry as if they were not shifted, and gives
-all slices the pixel type of the first.
+read, reads beyond the end of truncated ones, places the slices of a tilted gantry as if they were not shifted, and
+gives all slices the pixel type of the first.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tools.data.rasters import check_directions
 # reaches 0.1 mm. For thin slices it is a quarter of the gap: a missing slice moves others by half a gap or more.
 PLACE_TOLERANCE = 0.25  # mm
 LARGEST_SLOPES = 1e6  # ratio of the largest and the smallest rescale slope; PET reaches 1e3
-NO_SCANS = {  # by modality
-    "SR": "structured reports",
-    "SEG": "segmentations",
-    "RTDOSE": "dose maps",
-    "RTSTRUCT": "contours",
-    "RTPLAN": "treatment plans",
-    "PR": "presentation states",
-    "KO": "key object notes",
-    "REG": "registrations",
+IMAGES = "1.2.840.10008.5.1.4.1.1."  # storage classes, whose next number tells
+NO_SCANS = {
+    "7": "screenshots",
+    "9": "waveforms",
+    "11": "presentation states",
+    "66": "segmentations and registrations",
+    "88": "structured reports",
+    "104": "documents",
+    "481": "dose maps, contours and plans",
 }
 PIXEL_TYPE = (  # of which a series has one
     "Rows",
@@ -51,7 +51,6 @@ PIXEL_TYPE = (  # of which a series has one
 HEADER = [  # what the first reading of a header keeps
     *PIXEL_TYPE,
     "SOPClassUID",
-    "Modality",
     "ImageType",
     "SeriesInstanceUID",
     "SeriesDescription",
@@ -59,14 +58,14 @@ HEADER = [  # what the first reading of a header keeps
     "PixelSpacing",
     "ImagePositionPatient",
     "ImageOrientationPatient",
+    "RescaleSlope",
+    "RescaleIntercept",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "EchoTime",
-    "AcquisitionNumber",
-    "TemporalPositionIdentifier",
     "DiffusionBValue",
+    "TemporalPositionIdentifier",
     "TriggerTime",
-    "ContentTime",
 ]
 VOLUMES_DIFFER_IN = ("ImageType", "EchoTime", "DiffusionBValue", "TemporalPositionIdentifier", "TriggerTime")
 
@@ -144,21 +143,17 @@ def read_header(path: Path) -> pydicom.Dataset | None:
 
 def no_scan(header: pydicom.Dataset) -> str | None:
     """What a DICOM object is that is no image of a scan, in the plural; None if it is one, or is damaged."""
-    modality = str(header.get("Modality", ""))
-    if modality in NO_SCANS:
-        return NO_SCANS[modality]
+    kind = NO_SCANS.get(str(header.get("SOPClassUID", "")).removeprefix(IMAGES).partition(".")[0])
+    if kind is not None and not (kind == "screenshots" and "ImagePositionPatient" in header):  # converted scans
+        return kind
     if "SOPClassUID" in header and "Rows" not in header:
         return "objects without an image"
-    kinds = [str(word).upper() for word in _listed(header.get("ImageType"))]
-    if "LOCALIZER" in kinds:
-        return "localizers"
-    if header.get("SOPClassUID") == pydicom.uid.SecondaryCaptureImageStorage and not _has_place(header):
-        return "screenshots"
-    return None
+    return "localizers" if "LOCALIZER" in _words(header.get("ImageType")) else None
 
 
-def _has_place(header: pydicom.Dataset) -> bool:
-    return "ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header
+def _words(value: object) -> list[str]:
+    """Entries of a value that may have one or several, or be missing."""
+    return [str(word).upper() for word in _listed(value)]
 
 
 def _listed(value: object) -> list:
@@ -311,20 +306,20 @@ def _check_places(frames: list[Frame], headers: dict[Path, pydicom.Dataset]) -> 
     """Return the affine matrix; refuse frames that it puts elsewhere than their own headers do.
 
     Raises:
-        UnfitError: several volumes, a missing, turned or displaced slice.
+        UnfitError: a single slice, several volumes, a missing, turned or displaced slice.
     """
+    if len(frames) == 1:
+        raise UnfitError(f"is 2D: found a single slice, {frames[0].path.name}, expected a volume")
     places = Counter(tuple(frame.position.round(3)) for frame in frames)
-    if len(frames) > 1 and len(places) == 1:
+    if len(places) == 1:
         raise UnfitError(f"has all its {len(frames)} slices at the same place, expected a position for each")
     if len(places) < len(frames):
         raise UnfitError(_volumes_text(frames, len(places), headers))
     affine = _affine(frames)
-    if len(frames) > 1:
-        check_directions(affine[:3, :3])
-    gap = np.linalg.norm(affine[:3, 2]) if len(frames) > 1 else np.inf
+    check_directions(affine[:3, :3])
     rows, columns = (next(iter(headers.values())).get(key) - 1 for key in ("Rows", "Columns"))
     corners = np.array([[0, 0], [columns, 0], [0, rows]])
-    tolerance = min(PLACE_TOLERANCE, gap / 4)
+    tolerance = min(PLACE_TOLERANCE, np.linalg.norm(affine[:3, 2]) / 4)
     for number, frame in enumerate(frames):
         own = frame.position + corners @ (frame.axes * frame.spacing[:, None])
         loaded = (affine @ np.column_stack([corners, np.full((3, 1), number), np.ones((3, 1))]).T)[:3].T
@@ -419,7 +414,7 @@ def _check_types(headers: dict[Path, pydicom.Dataset]) -> None:
     if first.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise UnfitError(f"is a colour image ({first.PhotometricInterpretation}), expected one value for each voxel")
     for path, header in headers.items():
-        if "MOSAIC" in map(str, _listed(header.get("ImageType"))):
+        if "MOSAIC" in _words(header.get("ImageType")):
             raise UnfitError(f"is a mosaic: {path.name} shows all slices in one image; convert it with dcm2niix")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,17 @@ from monai.data import ITKReader, NibabelReader
 from monai.transforms import LoadImage, LoadImaged
 from monai.utils import ensure_tuple
 
+from tools.common.text import size_text
 from tools.data.compressed import check_claim, check_size, inflate, inflate_start
 from tools.data.dicom import read_dicom
 from tools.data.kinds import SERIES_NAME, UnfitError, is_dicom, require_regular
-from tools.data.rasters import check_raster
+from tools.data.rasters import check_directions, check_raster
 
 NIFTI_HEADER = 540  # bytes of the longest, that of NIfTI-2
 MGH_DATA = 284  # first byte of the voxels
 MGH_REST = 1 << 20  # bytes that may follow the voxels
 CIFTI = range(3000, 3100)  # intent codes
+COMPLEX = "has complex values, expected real ones: save magnitude or phase alone"
 TO_MM = {1: ("metres", 1000.0), 3: ("microns", 0.001)}  # by the code of the unit
 VOXEL_SIZES = (0.001, 100.0)  # mm, that a scan in metres or microns may have
 
@@ -62,6 +63,7 @@ def _open_nifti(path: Path, max_bytes: float) -> nib.Nifti1Pair:
     data, compressed = path.read_bytes(), path.name.lower().endswith(".gz")
     header = _nifti_header(inflate_start(data, NIFTI_HEADER) if compressed else data[:NIFTI_HEADER])
     voxels = _nifti_bytes(header)
+    check_directions(header.get_best_affine()[:3, :3])  # nibabel would replace a spacing of 0 by 1
     start = int(header["vox_offset"])
     if start < header.single_vox_offset:
         raise UnfitError(f"has a damaged header: found vox_offset {start}, expected {header.single_vox_offset} or more")
@@ -78,7 +80,7 @@ def _nifti_header(start: bytes) -> nib.Nifti1Header:
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     for size, (kind, magic, where) in kinds.items():
         if size in sizes and start[where : where + 4] == magic:
-            return kind.from_fileobj(BytesIO(start), check=False)
+            return kind(start[:size], check=False)
     raise UnfitError("cannot be read: its header is not that of a NIfTI file")
 
 
@@ -100,7 +102,7 @@ def _nifti_bytes(header: nib.AnalyzeHeader) -> int:
     if dtype.kind == "V":
         raise UnfitError(f"is a colour image ({'RGB' if code == 128 else 'RGBA'}), expected one value for each voxel")
     if dtype.kind == "c":
-        raise UnfitError("has complex values, expected real ones: save magnitude or phase alone")
+        raise UnfitError(COMPLEX)
     if int(header["bitpix"]) != 8 * dtype.itemsize:
         found = f"{header['bitpix']} bits for the data type {dtype}"
         raise UnfitError(f"has a damaged header: found {found}, expected {8 * dtype.itemsize}")
@@ -177,10 +179,12 @@ def _open_itk(path: Path, max_bytes: float) -> nib.Nifti1Image:
     if kind in ("rgb", "rgba"):
         raise UnfitError(f"is a colour image ({kind.upper()}), expected one value for each voxel")
     if kind == "complex":
-        raise UnfitError("has complex values, expected real ones: save magnitude or phase alone")
+        raise UnfitError(COMPLEX)
     sizes = [io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())]
     if [*[channels] * (channels > 1), *sizes] != list(raster.sizes):
         raise UnfitError(f"has a damaged header: found the sizes {sizes}, expected {list(raster.sizes)}")
+    if len(sizes) < 3:
+        raise UnfitError(f"is 2D: found the shape {size_text(sizes)}, expected three axes in space")
     # without a type, ITK's Python takes half a minute to say that it has none for some
     pixel_type = itk.F if channels == 1 else _vector_type(channels)
     array, meta = ITKReader().get_data(itk.imread(str(path), pixel_type=pixel_type))

@@ -42,7 +42,7 @@ def test_names_every_bad_scan_and_fails(folder, capsys):
         check(str(folder), workers=0)
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{folder / 'cut.nii'}: cannot be read")
+    assert lines[0].startswith(f"{folder / 'cut.nii'}: is truncated")
     assert lines[1].startswith(f"{folder / 'empty.nii.gz'}: is empty")
     assert lines[2:] == [
         "scans      3 readable, 2 unreadable",
@@ -94,7 +94,7 @@ def test_missing_images_of_a_datalist_are_named_with_the_others(folder, capsys):
         check(datalist=str(folder / "all.json"), workers=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder / 'no.nii'}: does not exist"
-    assert lines[1].startswith(f"{folder / 'cut.nii'}: cannot be read")
+    assert lines[1].startswith(f"{folder / 'cut.nii'}: is truncated")
     assert lines[2] == "scans      1 readable, 2 unreadable"
 
 
