@@ -59,7 +59,7 @@ def test_says_what_is_wrong_with_the_folder(tmp_path):
     with pytest.raises(ScanError, match=r"a\.txt is a file, expected a folder"):
         find_scans(tmp_path / "a.txt")
     with pytest.raises(
-        ScanError, match=r"no scan in .* but 2 other files \(1 \.json, 1 \.txt\), expected .*\.nii\.gz.*DICOM"
+        ScanError, match=r"no scan in .* but 2 other files \(1 \.json, 1 \.txt\), expected .*\.nii"
     ):
         find_scans(tmp_path)
 
