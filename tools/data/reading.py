@@ -21,11 +21,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from monai.data import affine_to_spacing
-from monai.transforms import LoadImage
 from nibabel.openers import ImageOpener
 
 from tools.common.text import size_text
 from tools.data.dicom import series_problem
+from tools.data.loading import LoadScan
 
 
 class UnfitError(Exception):
@@ -98,8 +98,8 @@ def _read(path: str, measure: Callable[[str, np.ndarray, np.ndarray], File]) -> 
 
 
 @cache
-def _loader() -> LoadImage:
-    return LoadImage(image_only=True, ensure_channel_first=True)
+def _loader() -> LoadScan:
+    return LoadScan()
 
 
 @contextmanager

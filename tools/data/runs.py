@@ -14,7 +14,7 @@ from tools.common.text import parse_bool
 from tools.data.cases import SECTIONS, Case, find_cases
 from tools.data.datalists import datalist_items, read_datalist
 from tools.data.inspection import Scan, inspect_scans
-from tools.data.scans import ScanError, find_scans, is_dicom, paths_of, root_of
+from tools.data.scans import ScanError, find_scans, paths_of
 from tools.data.splits import label_subset, sort_cases, split_by_layout, split_scans
 
 logger = logging.getLogger(__name__)
@@ -217,16 +217,3 @@ def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> 
     if len(paths) == len(modalities):
         return [("channels", ", ".join(f"{n} {path}" for n, path in zip(modalities, paths, strict=True)))]
     return [("channels", f"{', '.join(modalities)}: the volumes of {paths[0]} must be in this order")]
-
-
-def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
-    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
-
-    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
-    anywhere, it is the deepest folder that contains all `test` scans.
-    """
-    if datalist:
-        return root_of(datalist_items(datalist, dataset_dir, "test"))
-    folder = Path(dataset_dir)
-    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
-    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."
