@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from tools.common.files import atomic_path
 from tools.common.text import size_text
+from tools.data.geometry import disagreement
 from tools.data.reading import File, UnfitError, raw_file, read_image, read_label
 from tools.data.scans import files_of, paths_of
 
 logger = logging.getLogger(__name__)
 
-REMEMBER_FORMAT = 3  # increase it when a check is added, so that saved results are not used
+REMEMBER_FORMAT = 4  # increase it when a check is added, so that saved results are not used
 SAVE_EVERY = 60.0  # seconds between two saves while thousands of scans are read
 # Tolerance between the corners of label and image. Rounding in headers (spacing of four digits, quaternions in single
 # precision) reaches a tenth of a voxel over 512 voxels; the smallest real error, of the origin, is half a voxel.
@@ -51,6 +52,7 @@ class Scan:
         high: highest intensity.
         problem: why the scan is unusable, in one sentence (all numbers are then zero); None if it is usable.
         labels: values in its label file, including 0, sorted; empty if it has no label.
+        doubt: how its header contradicts itself about its place, in one sentence; None if it does not.
     """
 
     image: str | list[str]
@@ -61,6 +63,7 @@ class Scan:
     high: float
     problem: str | None
     labels: tuple[int, ...] = ()
+    doubt: str | None = None
 
     @property
     def name(self) -> str:
@@ -100,6 +103,7 @@ def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None =
         high=max(file.high for file in files),
         problem=None,
         labels=labels,
+        doubt=next(filter(None, map(disagreement, paths)), None),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from tools.common.text import parse_bool
+from tools.common.text import first_lines, parse_bool
 from tools.data.cases import SECTIONS, Case, find_cases
 from tools.data.datalists import datalist_items, read_datalist
 from tools.data.inspection import Scan, inspect_scans
@@ -197,16 +197,23 @@ def require_usable(
     scans = _inspect(items, channels, workers, remember, label_values)
     bad = [scan for scan in scans if scan.problem is not None]
     if bad:
-        listed = "\n".join(f"  {scan.name}: {scan.problem}" for scan in bad[:10])
-        more = f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else ""
+        listed = first_lines(f"{scan.name}: {scan.problem}" for scan in bad)
         way_out = (
             "`python -m tools check` lists all and writes a data list without them; "
             "`--skip_unreadable true` trains without them"
             if label_values is None
             else "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
         )
-        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n{way_out}")
+        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}\n{way_out}")
+    _warn_of_doubts(scans)
     return scans
+
+
+def _warn_of_doubts(scans: Sequence[Scan]) -> None:
+    """Name the scans whose headers contradict themselves about their place, once (rank 0)."""
+    doubts = [f"{scan.name}: {scan.doubt}" for scan in scans if scan.doubt]
+    if doubts and idist.get_rank() == 0:
+        logger.warning("%d scans have headers that leave their place in doubt:\n%s", len(doubts), first_lines(doubts))
 
 
 def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
