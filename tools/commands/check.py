@@ -166,7 +166,7 @@ def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) ->
 
 
 def summary(scans: Sequence[Scan]) -> str:
-    """Format the number of readable scans, and the ranges of shape, spacing and intensity."""
+    """Format the number of readable scans, the ranges of shape, spacing and intensity, and doubts about their place."""
     good = [scan for scan in scans if scan.problem is None]
     lines = [f"scans      {len(good)} readable, {len(scans) - len(good)} unreadable"]
     if good:
@@ -175,6 +175,7 @@ def summary(scans: Sequence[Scan]) -> str:
             f"shape      {axis_ranges([scan.shape for scan in good])} voxels",
             f"spacing    {axis_ranges([scan.spacing for scan in good])} mm",
             f"intensity  {low:g} to {high:g}",
+            *(f"WARNING    {scan.name}: {scan.doubt}" for scan in good if scan.doubt),
         ]
     return "\n".join(lines)
 

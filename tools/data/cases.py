@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.data.datalists import datalist_items, read_datalist
+from tools.data.outputs import name_outputs, output_root
 from tools.data.scans import (
     EXTENSIONS,
     ScanError,
@@ -223,9 +224,6 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Sequence[str] | None], Pairing], str]] 
 }
 
 
-# -------------------------------------------------------------------------------------------- splitting cases
-
-
 # --------------------------------------------------------------------------------------------- for the bundles
 
 
@@ -242,7 +240,8 @@ def find_inference_scans(
             scan (4D files).
 
     Returns:
-        One `{"image": path or paths}` per scan, sorted by path.
+        One `{"image": path or paths, "output": name of its results}` per scan, as in `name_outputs`; in the order of
+        the data list, or sorted by path.
 
     Raises:
         ScanError: there is no scan, the data list is not readable, or channels of a scan are missing.
@@ -251,9 +250,12 @@ def find_inference_scans(
         scans = read_datalist(datalist, dataset_dir, "test")
         if not scans:
             raise ScanError(f"{datalist}: found no scan in the section 'test', expected at least one")
-        return scans
-    if not modalities:
-        return find_scans(dataset_dir)
+        return name_outputs(scans)
+    scans = _scans_of_modalities(dataset_dir, modalities) if modalities else find_scans(dataset_dir)
+    return name_outputs(scans, output_root(dataset_dir))
+
+
+def _scans_of_modalities(dataset_dir: str, modalities: Sequence[str]) -> list[dict[str, Any]]:
     paths = [Path(path) for path in scan_paths(dataset_dir) if not SEGMENTATION.search(stem_of(path))]
     groups, rest = _by_modality(paths, modalities)
     problems = []

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from tools.common.files import atomic_path
 from tools.common.text import size_text
+from tools.data.geometry import disagreement
 from tools.data.kinds import UnfitError
 from tools.data.processes import in_processes
 from tools.data.rasters import voxel_file
@@ -55,6 +56,7 @@ class Scan:
         problem: why the scan is unusable, in one sentence (all numbers are then zero); None if it is usable.
         labels: values in its label file, including 0, sorted; empty if it has no label.
         low_inside: lowest intensity that is no padding of a CT (-2000, -3024 …), outside of the field of view.
+        doubt: how its header contradicts itself about its place, in one sentence; None if it does not.
     """
 
     image: str | list[str]
@@ -66,6 +68,7 @@ class Scan:
     problem: str | None
     labels: tuple[int, ...] = ()
     low_inside: float = 0.0
+    doubt: str | None = None
 
     @property
     def name(self) -> str:
@@ -110,6 +113,7 @@ def inspect_scan(
         problem=None,
         labels=labels,
         low_inside=min(file.low_inside for file in files),
+        doubt=next(filter(None, map(disagreement, paths)), None),
     )
 
 

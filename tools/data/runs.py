@@ -10,11 +10,11 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from tools.common.text import parse_bool
+from tools.common.text import first_lines, parse_bool
 from tools.data.cases import SECTIONS, Case, find_cases
 from tools.data.datalists import datalist_items, read_datalist
 from tools.data.inspection import Scan, inspect_scans
-from tools.data.scans import ScanError, find_scans, is_dicom, paths_of, root_of
+from tools.data.scans import ScanError, find_scans, paths_of
 from tools.data.splits import label_subset, sort_cases, split_by_layout, split_scans
 
 logger = logging.getLogger(__name__)
@@ -197,16 +197,23 @@ def require_usable(
     scans = _inspect(items, channels, workers, remember, label_values)
     bad = [scan for scan in scans if scan.problem is not None]
     if bad:
-        listed = "\n".join(f"  {scan.name}: {scan.problem}" for scan in bad[:10])
-        more = f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else ""
+        listed = first_lines(f"{scan.name}: {scan.problem}" for scan in bad)
         way_out = (
             "`python -m tools check` lists all and writes a data list without them; "
             "`--skip_unreadable true` trains without them"
             if label_values is None
             else "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
         )
-        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n{way_out}")
+        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}\n{way_out}")
+    _warn_of_doubts(scans)
     return scans
+
+
+def _warn_of_doubts(scans: Sequence[Scan]) -> None:
+    """Name the scans whose headers contradict themselves about their place, once (rank 0)."""
+    doubts = [f"{scan.name}: {scan.doubt}" for scan in scans if scan.doubt]
+    if doubts and idist.get_rank() == 0:
+        logger.warning("%d scans have headers that leave their place in doubt:\n%s", len(doubts), first_lines(doubts))
 
 
 def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -217,16 +224,3 @@ def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> 
     if len(paths) == len(modalities):
         return [("channels", ", ".join(f"{n} {path}" for n, path in zip(modalities, paths, strict=True)))]
     return [("channels", f"{', '.join(modalities)}: the volumes of {paths[0]} must be in this order")]
-
-
-def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
-    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
-
-    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
-    anywhere, it is the deepest folder that contains all `test` scans.
-    """
-    if datalist:
-        return root_of(datalist_items(datalist, dataset_dir, "test"))
-    folder = Path(dataset_dir)
-    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
-    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."
