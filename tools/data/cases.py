@@ -228,7 +228,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Sequence[str] | None], Pairing], str]] 
 
 
 def find_inference_scans(
-    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None
+    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None, dicom_series: str = "refuse"
 ) -> list[dict[str, Any]]:
     """Find scans to segment; labels are not needed.
 
@@ -238,6 +238,8 @@ def find_inference_scans(
         modalities: names of the channels in order, if each has a separate file: files whose names end in them
             (`X_t1.nii.gz`) are combined to one scan, those that end in `_seg` are skipped, and each other file is a
             scan (4D files).
+        dicom_series: what is done with a folder of several DICOM series, as in `find_scans`; not used with a data list
+            or with modalities.
 
     Returns:
         One `{"image": path or paths, "output": name of its results}` per scan, as in `name_outputs`; in the order of
@@ -251,7 +253,7 @@ def find_inference_scans(
         if not scans:
             raise ScanError(f"{datalist}: found no scan in the section 'test', expected at least one")
         return name_outputs(scans)
-    scans = _scans_of_modalities(dataset_dir, modalities) if modalities else find_scans(dataset_dir)
+    scans = _scans_of_modalities(dataset_dir, modalities) if modalities else find_scans(dataset_dir, dicom_series)
     return name_outputs(scans, output_root(dataset_dir))
 
 

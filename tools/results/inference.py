@@ -18,6 +18,8 @@ def start_inference(
     classes: Classes,
     workers: int,
     remember: str,
+    max_scan_gb: float,
+    hounsfield: bool | str,
     ckpt_path: str,
     roi_size: Sequence[int],
     stride: int,
@@ -31,6 +33,8 @@ def start_inference(
         classes: class name → label values.
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether scans whose values cannot be HU are warned of.
         ckpt_path: file of the weights, for the table.
         roi_size: size of the sliding window, voxels.
         stride: total downsampling of the network.
@@ -40,7 +44,7 @@ def start_inference(
         ValueError: the window does not fit the network.
     """
     require_roi(roi_size, stride)
-    require_usable(items, channels, workers, remember, label_values(classes))
+    require_usable(items, channels, workers, remember, label_values(classes), max_scan_gb, hounsfield)
     print_table(
         [
             ("scans", str(len(items))),
