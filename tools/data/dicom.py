@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -433,7 +434,7 @@ def _pixels(path: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
     except Exception as error:
         raise UnfitError(f"is damaged: its file {path.name} cannot be read") from error
     if compressed:
-        stored = _decoded(path, header, frames)
+        stored = _decoded(path, header, len(frames))
     else:
         found = len(header.get("PixelData", b""))
         expected = header.Rows * header.Columns * len(frames) * header.BitsAllocated // 8
@@ -445,16 +446,28 @@ def _pixels(path: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
         yield pixels if (frame.slope, frame.intercept) == (1, 0) else pixels * frame.slope + frame.intercept
 
 
-def _decoded(path: Path, header: pydicom.Dataset, frames: list[Frame]) -> np.ndarray:
-    """Stored values of compressed pixels [frames, rows, columns]; GDCM scales all frames as the first."""
+def _decoded(path: Path, header: pydicom.Dataset, frames: int) -> np.ndarray:
+    """Stored values of compressed pixels, [frames, rows, columns].
+
+    GDCM gets a file of nothing but them: it would scale all frames as the first, and take the memory that damaged
+    entries ask for.
+    """
     import itk  # takes seconds, and only compressed pixels need it
 
-    if len({(frame.slope, frame.intercept) for frame in frames}) > 1:
-        raise UnfitError(f"has compressed frames of different scaling in {path.name}: decompress it (gdcmconv --raw)")
+    plain = pydicom.Dataset()
+    plain.file_meta = pydicom.dataset.FileMetaDataset()
+    plain.file_meta.TransferSyntaxUID = header.file_meta.TransferSyntaxUID
+    plain.SOPClassUID = pydicom.uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage
+    plain.SOPInstanceUID = pydicom.uid.generate_uid()
+    plain.NumberOfFrames = frames
     try:
-        image = itk.array_from_image(itk.imread(str(path), pixel_type=itk.D))
-    except Exception as error:
+        for key in (*PIXEL_TYPE, "HighBit", "PixelData"):
+            plain[key] = header[key]
+        with tempfile.TemporaryDirectory() as folder:
+            plain.save_as(f"{folder}/frames.dcm", enforce_file_format=True)
+            image = itk.array_from_image(itk.imread(f"{folder}/frames.dcm", pixel_type=itk.D))
+    except Exception as error:  # of any kind, by a damaged value or stream
         raise UnfitError(f"is damaged: the pixels of {path.name} cannot be decompressed") from error
-    if image.size != len(frames) * header.Rows * header.Columns:
+    if image.size != frames * header.Rows * header.Columns:
         raise UnfitError(f"does not fit its header: found {image.size} pixels in {path.name}")
-    return (image - frames[0].intercept) / frames[0].slope
+    return image
