@@ -249,20 +249,22 @@ def judge(case: dict) -> tuple[str, str]:
         words = LIBRARY_WORDS.search(scan.problem)
         ours = words is None and "\n" not in scan.problem and len(scan.problem) > 10
         return "refused" if ours else "WRONG: words of a library", scan.problem
-    found = np.asarray(open_scan(path).dataobj)
+    image = open_scan(path)
+    found = np.asarray(image.dataobj)
     if found.shape == original.shape and np.array_equal(found, original):
         return "right", ""
-    return ("literal", "") if is_literal(Path(path), found) else ("WRONG: other voxels", f"{found.shape}")
+    return ("literal", "") if is_literal(Path(path), image) else ("WRONG: other voxels", f"{found.shape}")
 
 
 def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def is_literal(path: Path, found: np.ndarray) -> bool:
+def is_literal(path: Path, image: nib.Nifti1Image) -> bool:
     """Whether an independent reader finds the same voxels in the changed bytes."""
+    found = np.asarray(image.dataobj)
     if path.is_dir():
-        return _is_literal_series(path, found)
+        return _is_literal_series(path, found, image.affine)
     if path.suffix in (".mha", ".mhd", ".nrrd", ".nhdr"):
         return any(np.array_equal(found.ravel("F"), values.astype(np.float32)) for values in _values(path))
     if path.suffix == ".gz":
@@ -270,18 +272,29 @@ def is_literal(path: Path, found: np.ndarray) -> bool:
     return np.array_equal(found, np.asarray(nib.load(path).dataobj))
 
 
-def _is_literal_series(folder: Path, found: np.ndarray) -> bool:
-    """Whether every slice is in the volume once, with its own scaling, and none was left out."""
+def _is_literal_series(folder: Path, found: np.ndarray, affine: np.ndarray) -> bool:
+    """Whether every slice is in the volume, where its own header puts it and with its own scaling."""
     slices = []
     for file in sorted(folder.iterdir()):
         data = pydicom.dcmread(file, force=True)
-        pixels = data.pixel_array.reshape(-1, data.Rows, data.Columns)
-        slices += [
-            frame.T * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0)) for frame in pixels
-        ]
-    return found.shape[2] == len(slices) and all(
-        any(np.array_equal(found[:, :, n], one.astype(np.float32)) for one in slices) for n in range(found.shape[2])
+        if "TransferSyntaxUID" not in data.file_meta:
+            data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        slope, intercept = (float(data.get(key, none)) for key, none in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+        groups = data.get("PerFrameFunctionalGroupsSequence", [None])
+        for pixels, group in zip(data.pixel_array.reshape(-1, data.Rows, data.Columns), groups, strict=True):
+            place = data if group is None else group.PlanePositionSequence[0]
+            x, y, z = map(float, place.ImagePositionPatient)
+            slices.append((pixels.T * slope + intercept, (-x, -y, z)))
+    places = affine[:3, 3] + np.arange(found.shape[2])[:, None] * affine[:3, 2]
+    return len(slices) == found.shape[2] and all(
+        any(np.array_equal(found[:, :, n], values.astype(np.float32)) for values, where in slices if near(where, place))
+        for n, place in enumerate(places)
     )
+
+
+def near(place: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two places, mm, are the same but for rounding."""
+    return bool(np.linalg.norm(np.subtract(place, other)) <= 0.25)
 
 
 def _values(path: Path) -> list[np.ndarray]:

@@ -47,8 +47,8 @@ def datalist_items(
     if section not in content:
         if {"channel_names", "file_ending"} & content.keys():
             raise ScanError(
-                f"{datalist}: is a dataset.json of nnU-Net, which lists no files, expected 'training' with paths: leave "
-                "the datalist out, or write one with `python -m tools datalist msd`"
+                f"{datalist}: is a dataset.json of nnU-Net, which lists no files, expected 'training' with paths: "
+                "leave the datalist out, or write one with `python -m tools datalist msd`"
             )
         if section == "training":
             raise ScanError(f"{datalist}: found the keys {sorted(content)}, expected 'training' among them")

@@ -175,16 +175,21 @@ def series_in(folder: Path) -> tuple[list[Series], Counter[str]]:
     """
     files = dicom_files(folder)
     series: dict[str, dict[Path, pydicom.Dataset]] = {}
-    others: Counter[str] = Counter()
+    objects: dict[Path, pydicom.Dataset] = {}
     for path in files:
         header = read_header(path)
         if header is None or not ("SOPClassUID" in header or "Rows" in header):
             raise UnfitError(f"is incomplete: the header of its file {path.name} cannot be read")
-        kind = no_scan(header)
-        if kind is None:
+        if no_scan(header) is None:
             series.setdefault(series_name(header), {})[path] = header
         else:
-            others[kind] += 1
+            objects[path] = header
+    for path, header in list(objects.items()):
+        mates = series.get(series_name(header), {})
+        turns = {str(mate.get("ImageOrientationPatient")) for mate in mates.values()}
+        if "Rows" in header and str(header.get("ImageOrientationPatient")) in turns:
+            mates[path] = objects.pop(path)  # a slice that is said to be something else
+    others = Counter(map(no_scan, objects.values()))
     if series and (lost := _lost(folder, files)):
         raise UnfitError(
             f"is incomplete: found {len(files)} DICOM files, expected {len(files) + len(lost)}: {lost[0].name} "
@@ -396,7 +401,7 @@ def _check_types(headers: dict[Path, pydicom.Dataset]) -> None:
     """Refuse slices of different size or pixel type, colour images, and mosaics."""
     paths = list(headers)
     first = headers[paths[0]]
-    for key in PIXEL_TYPE:
+    for key in ("SOPClassUID", *PIXEL_TYPE):
         values = Counter(str(header.get(key)) for header in headers.values())
         if len(values) > 1:
             usual = values.most_common(1)[0][0]

@@ -137,10 +137,14 @@ def _open_pair(path: Path, max_bytes: float) -> nib.Nifti1Pair:
             require_regular(file)
         except UnfitError as error:
             raise UnfitError(f"is incomplete: its file {file.name} {error}") from error
-    if header.stat().st_size < 348:
-        raise UnfitError(f"is truncated: found {header.stat().st_size} bytes in {header.name}, expected 348")
+    content = header.read_bytes()
+    if len(content) < 348:
+        raise UnfitError(f"is truncated: found {len(content)} bytes in {header.name}, expected 348")
+    kinds = {b"ni1\0": nib.nifti1.Nifti1PairHeader, b"ni2\0": nib.nifti2.Nifti2PairHeader}
+    kind = kinds.get(content[344:348]) or kinds.get(content[4:8]) or nib.AnalyzeHeader
+    fields = kind(content[: kind.template_dtype.itemsize], check=False)
+    start, voxels = int(fields["vox_offset"]), _nifti_bytes(fields)
     image = nib.load(header)
-    start, voxels = int(image.header["vox_offset"]), _nifti_bytes(image.header)
     compressed = data.suffix == ".gz"
     check_claim(start + voxels, data.stat().st_size, max_bytes, compressed)
     found = len(inflate(data.read_bytes(), start + voxels)) if compressed else data.stat().st_size
@@ -173,7 +177,10 @@ def _open_itk(path: Path, max_bytes: float) -> nib.Nifti1Image:
     if io is None:
         raise UnfitError("cannot be read: ITK does not know its format")
     io.SetFileName(str(path))
-    io.ReadImageInformation()
+    try:
+        io.ReadImageInformation()
+    except RuntimeError as error:
+        raise UnfitError("has a damaged header: ITK does not understand it") from error
     channels = io.GetNumberOfComponents()
     kind = io.GetPixelTypeAsString(io.GetPixelType())
     if kind in ("rgb", "rgba"):
@@ -187,7 +194,9 @@ def _open_itk(path: Path, max_bytes: float) -> nib.Nifti1Image:
         raise UnfitError(f"is 2D: found the shape {size_text(sizes)}, expected three axes in space")
     # without a type, ITK's Python takes half a minute to say that it has none for some
     pixel_type = itk.F if channels == 1 else _vector_type(channels)
-    array, meta = ITKReader().get_data(itk.imread(str(path), pixel_type=pixel_type))
+    image = itk.imread(str(path), pixel_type=pixel_type)
+    image.SetMetaDataDictionary(itk.MetaDataDictionary())  # texts, which Python cannot read in any encoding but UTF-8
+    array, meta = ITKReader().get_data(image)
     return nib.Nifti1Image(array, meta["affine"])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
 import torch
 
 from tools.data.scans import files_of, paths_of, series_folder
@@ -17,7 +18,8 @@ from tools.data.scans import files_of, paths_of, series_folder
 logger = logging.getLogger(__name__)
 
 PATIENCE = 50.0  # seconds after which a scan that is still read is named
-SECONDS_PER_GB = 1000.0  # that a scan may take longer: a slow network has a few MB/s
+COMPUTING = 50.0  # seconds of processor time that a scan may take: what needs more does not end
+SECONDS_PER_GB = 100.0  # that it may take longer
 
 
 class _Reader:
@@ -36,7 +38,7 @@ class _Reader:
             self.process.start()
             other.close()  # so that the end of the process ends the pipe
         self.number, self.item, self.named = number, item, False
-        self.began, self.limit = time.monotonic(), PATIENCE + SECONDS_PER_GB * _size(item) / 1e9
+        self.began, self.limit = time.monotonic(), self._computed() + COMPUTING + SECONDS_PER_GB * _size(item) / 1e9
         self.pipe.send(item)
 
     def result(self) -> Any:
@@ -48,13 +50,21 @@ class _Reader:
         except EOFError:
             self.stop()
             return "kills the process that reads it (a crash of the reader, or memory ran out)"
-        if took > self.limit:
+        if self._computed() > self.limit:
             self.stop()
-            return f"is not read within {took:.0f} seconds, expected less than {self.limit:.0f}"
+            return f"is not read within {COMPUTING:.0f} seconds of processor time: its reader hangs"
         if took > PATIENCE and not self.named:
             self.named = True
             logger.warning("%s: still reading after %.0f seconds", ", ".join(paths_of(self.item)), took)
         return None
+
+    def _computed(self) -> float:
+        """Seconds of processor time of the process; a busy machine or a slow disk do not count."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:  # it has ended
+            return 0.0
+        return times.user + times.system
 
     def stop(self) -> None:
         """End the process."""

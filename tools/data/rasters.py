@@ -181,7 +181,8 @@ def _numbers(fields: dict[str, str], key: str, count: int, kind: type = float) -
     except ValueError:
         numbers = ()
     if len(numbers) != count or not np.isfinite(numbers).all():
-        raise UnfitError(f"has a damaged header: found {key} = {fields.get(key)!r}, expected {count} numbers")
+        found = ascii(fields.get(key))[:60]
+        raise UnfitError(f"has a damaged header: found {key} = {found}, expected {count} number{'s' * (count > 1)}")
     return numbers
 
 
