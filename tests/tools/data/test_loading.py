@@ -162,7 +162,7 @@ def test_labels_are_whole_but_for_rounding(tmp_path):
 
 
 def test_values_that_cannot_be_hu_are_named(tmp_path):
-    hu = volume()
+    hu = volume().astype(int)
     arrays = {
         "air": hu,
         "offset": hu + 1024,
