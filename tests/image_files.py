@@ -71,3 +71,43 @@ def item(path):
 
 def names(items, root):
     return [str(Path(entry["image"]).relative_to(root)) for entry in items]
+
+
+def sequence(**tags):
+    """A DICOM sequence of one item."""
+    data = pydicom.Dataset()
+    for tag, value in tags.items():
+        setattr(data, tag, value)
+    return pydicom.Sequence([data])
+
+
+def write_multiframe(path, frames, positions=None, slopes=None):
+    """Write an enhanced CT: one file of frames [n, rows, columns], 1.5 x 1.5 mm, by default 3 mm apart."""
+    uid, frames = pydicom.uid.generate_uid, np.asarray(frames, np.int16)
+    positions = [[0, 0, 3 * n] for n in range(len(frames))] if positions is None else positions
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedCTImageStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = uid()
+    data.SeriesInstanceUID, data.Modality, data.NumberOfFrames = uid(), "CT", len(frames)
+    data.Rows, data.Columns = frames.shape[1:]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+    data.SharedFunctionalGroupsSequence = sequence(
+        PixelMeasuresSequence=sequence(PixelSpacing=[1.5, 1.5], SliceThickness=3),
+        PlaneOrientationSequence=sequence(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+    )
+    data.PerFrameFunctionalGroupsSequence = pydicom.Sequence(
+        sequence(
+            PlanePositionSequence=sequence(ImagePositionPatient=list(position)),
+            PixelValueTransformationSequence=sequence(
+                RescaleSlope=1 if slopes is None else slopes[n], RescaleIntercept=0, RescaleType="HU"
+            ),
+        )[0]
+        for n, position in enumerate(positions)
+    )
+    data.PixelData = frames.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import nibabel as nib
@@ -11,7 +12,7 @@ import torch
 from monai.transforms import LoadImage
 from threshold_network import Thresholds
 
-from image_files import write_dicom
+from image_files import write_dicom, write_itk, write_nifti
 
 from .bundles import ROOT, bundle
 
@@ -115,6 +116,53 @@ def test_dicom_series_and_other_formats(segment, tmp_path):
     expected = np.digitize(scaled, BOUNDS[1:-1])
     clear = np.abs(scaled[..., None] - np.array(BOUNDS)).min(-1) > 1e-3
     np.testing.assert_array_equal(np.asarray(found.dataobj)[clear], expected[clear])
+
+
+def test_scans_of_similar_names_have_results_of_their_own(segment, tmp_path):
+    """They share a name up to the extension, or up to the last dot of a folder's."""
+    scans = tmp_path / "scans"
+    for name in ("1.2.840.1", "1.2.840.2"):
+        write_dicom(scans / name)
+    contents = [labelled((12, 13, 14), seed) for seed in (0, 1)]
+    write_nifti(scans / "case.nii.gz", contents[0][1])
+    write_itk(scans / "case.mha", contents[1][1])
+    written = segment(scans)
+    names = ["1.2.840.1", "1.2.840.2", "case_mha", "case_nii_gz"]
+    assert sorted(written) == [f"{name}/{name}_seg.nii.gz" for name in names]
+    for name, (label, _) in zip(("case_nii_gz", "case_mha"), contents, strict=True):
+        np.testing.assert_array_equal(np.asarray(nib.load(written[f"{name}/{name}_seg.nii.gz"]).dataobj), label)
+
+
+def test_a_data_list_leads_nowhere_else(segment, tmp_path):
+    _, ct = labelled((12, 13, 14))
+    (tmp_path / "elsewhere").mkdir(), (tmp_path / "lists").mkdir()
+    for name in ("a", "b"):
+        write_nifti(tmp_path / f"elsewhere/{name}.nii.gz", ct)
+    entries = ["../elsewhere/a.nii.gz", "../lists/../elsewhere/b.nii.gz", "../elsewhere/../elsewhere/./a.nii.gz"]
+    (tmp_path / "lists/list.json").write_text(json.dumps({"test": entries}))
+    written = segment(tmp_path / "lists", datalist=str(tmp_path / "lists/list.json"))
+    assert sorted(written) == ["a_nii_gz/a_nii_gz_seg.nii.gz", "a_nii_gz_2/a_nii_gz_2_seg.nii.gz", "b/b_seg.nii.gz"]
+    assert sorted(tmp_path.rglob("*_seg.nii.gz")) == sorted(written.values())
+
+
+def test_a_header_that_contradicts_itself_is_kept_and_told(segment, tmp_path, caplog):
+    label, ct = labelled((12, 13, 14))
+    image = nib.Nifti1Image(ct, affine("LPS", (1, 1, 2), 10))
+    image.set_sform(image.affine, code="aligned")
+    elsewhere = affine("LPS", (1, 1, 2), 10)
+    elsewhere[:3, 3] += 0, 30, 40
+    image.set_qform(elsewhere, code="scanner")
+    (tmp_path / "scans").mkdir()
+    nib.save(image, tmp_path / "scans/scan.nii.gz")
+    (path,) = segment(tmp_path / "scans").values()
+    found = nib.load(path)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), label)
+    for form in ("get_sform", "get_qform"):
+        (matrix, code), (expected, expected_code) = (getattr(f, form)(coded=True) for f in (found, image))
+        np.testing.assert_allclose(matrix, expected, atol=1e-5)
+        assert code == expected_code
+    (warning,) = [text for text in caplog.messages if "place in doubt" in text]
+    assert "scan.nii.gz: its sform (used) and its qform are up to 50 mm apart" in warning
 
 
 def test_brats_as_four_files_or_one(workflow, samples, tmp_path):

@@ -15,11 +15,12 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from tools.common.files import write_json
-from tools.common.text import axis_ranges
+from tools.common.text import axis_ranges, parse_bool
 from tools.data.cases import pair_cases
 from tools.data.classes import absent_classes, label_values
 from tools.data.datalists import datalist_items, load_datalist
-from tools.data.inspection import Scan, inspect_scans
+from tools.data.hounsfield import doubtful_values
+from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans
 from tools.data.runs import channel_lines
 from tools.data.scans import ScanError, files_of, find_scans
 from tools.data.splits import split_by_layout
@@ -54,6 +55,9 @@ def check(
     output: str | None = None,
     workers: int = 4,
     bundle: str | None = None,
+    dicom_series: str = "refuse",
+    max_scan_gb: float = MAX_SCAN_GB,
+    hounsfield: bool | None = None,
 ) -> None:
     """Read every scan; print the unusable ones with the reasons, and a summary.
 
@@ -65,6 +69,10 @@ def check(
         workers: number of processes that read; 0 reads in this process.
         bundle: folder of a segmentation bundle: every case needs a label, which is read too. The expected data are
             taken from its `configs/train.yaml`, and `channels` is ignored.
+        dicom_series: a folder of several DICOM series: `refuse` it, take `each` as a scan, or the `largest` alone.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether the scans are CT in HU, to warn of those whose values cannot be; None: as the bundle says,
+            without one for a single channel.
 
     Raises:
         ScanError: there is neither a folder nor a data list, it contains no scan, or none is usable for `output`.
@@ -73,17 +81,21 @@ def check(
     if datalist is None and dataset_dir is None:
         raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
     settings = None if bundle is None else _settings(Path(bundle))
-    found = _find(dataset_dir, datalist, settings)
+    found = _find(dataset_dir, datalist, settings, dicom_series)
     items = [item for part in found.items.values() for item in part]
     if settings is None:
-        scans = inspect_scans(items, channels, workers)
+        scans = inspect_scans(items, channels, workers, max_scan_gb=max_scan_gb)
     else:
         values = label_values(settings["classes"])
-        scans = inspect_scans(items, settings["in_channels"], workers, label_values=values)
+        scans = inspect_scans(items, settings["in_channels"], workers, None, values, max_scan_gb)
         scans = _require_labels(found.items, scans)
     bad = [scan for scan in scans if scan.problem is not None]
     problems = found.problems + [f"{scan.name}: {scan.problem}" for scan in bad]
     lines = [] if settings is None else _bundle_lines(found, scans, settings)
+    if hounsfield is None:
+        hounsfield = channels == 1 if settings is None else settings["hounsfield"]
+    if parse_bool(hounsfield):
+        lines += [f"WARNING    {line}" for line in doubtful_values(scans)]
     print("\n".join([*problems, summary(scans), *lines]))
     if output is not None:
         _write(output, _good_entries(found.content, found.items, scans), found.root)
@@ -104,10 +116,10 @@ def _settings(bundle: Path) -> dict[str, Any]:
     missing = [key for key in SETTINGS if key not in parser]
     if missing:
         raise ScanError(f"--bundle: {config} has no {', '.join(missing)}, expected a bundle for segmentation")
-    return {key: parser.get_parsed_content(key) for key in SETTINGS}
+    return {key: parser.get_parsed_content(key) for key in SETTINGS} | {"hounsfield": parser.get("hounsfield", False)}
 
 
-def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any] | None) -> _Found:
+def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any] | None, dicom_series: str) -> _Found:
     """Find the scans, with labels if there are settings of a bundle."""
     if datalist is not None:
         root = Path(datalist).parent if dataset_dir is None else Path(dataset_dir)
@@ -116,7 +128,7 @@ def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any
     else:
         root = Path(dataset_dir)
         if settings is None:
-            cases, problems = find_scans(root), []
+            cases, problems = find_scans(root, dicom_series), []
         else:
             pairing = pair_cases(root, settings["layout"], settings["modalities"])
             cases, problems = pairing.cases, list(pairing.problems)
@@ -166,7 +178,7 @@ def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) ->
 
 
 def summary(scans: Sequence[Scan]) -> str:
-    """Format the number of readable scans, and the ranges of shape, spacing and intensity."""
+    """Format the number of readable scans, the ranges of shape, spacing and intensity, and doubts about their place."""
     good = [scan for scan in scans if scan.problem is None]
     lines = [f"scans      {len(good)} readable, {len(scans) - len(good)} unreadable"]
     if good:
@@ -175,6 +187,7 @@ def summary(scans: Sequence[Scan]) -> str:
             f"shape      {axis_ranges([scan.shape for scan in good])} voxels",
             f"spacing    {axis_ranges([scan.spacing for scan in good])} mm",
             f"intensity  {low:g} to {high:g}",
+            *(f"WARNING    {scan.name}: {scan.doubt}" for scan in good if scan.doubt),
         ]
     return "\n".join(lines)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 import yaml
 from monai.data import MetaTensor, affine_to_spacing
-from monai.transforms import LoadImage, Orientation
+from monai.transforms import Orientation
 
 from tools.common.tables import aligned, read_metrics, write_rows
+from tools.data.loading import LoadScan
 from tools.data.scans import ScanError, stem_of
 from tools.losses import class_masks
 from tools.results.figures import segmentation_figure
@@ -86,7 +87,7 @@ def _short(cell: str) -> str:
 def _draw(path: Path, image: str, label: str, runs: dict[str, Path]) -> None:
     """Draw image, label and each run's segmentation, in RAS axes."""
     classes = yaml.safe_load(_need(next(iter(runs.values())) / "config.yaml", "training").read_text())["classes"]
-    load = LoadImage(image_only=True, ensure_channel_first=True)
+    load = LoadScan()
     files = {"label": Path(label), **{name: _segmentation(folder, image) for name, folder in runs.items()}}
     scan = load(image)
     maps = {name: load(file) for name, file in files.items()}

@@ -16,7 +16,7 @@ from typing import Any
 from tools.common.files import write_json
 from tools.data.cases import Case, find_cases
 from tools.data.datalists import load_datalist
-from tools.data.reading import raw_file
+from tools.data.rasters import voxel_file
 from tools.data.scans import ScanError, contents_text, files_of, paths_of
 from tools.data.splits import label_subset, split_by_layout
 from tools.samples.anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
@@ -92,9 +92,9 @@ def find(layout: Layout, folder: Path) -> list[Path]:
         state = "is a file" if folder.exists() else "does not exist"
         raise ScanError(f"--{layout.option}: {folder} {state}, expected the folder of {layout.name}")
     found = sorted(path for place in _places(layout, folder) for path in _scans(layout, place))
-    without_voxels = [path for path in found if (raw := raw_file(path)) is not None and not raw.exists()]
+    without_voxels = [path for path in found if not voxel_file(path).exists()]
     for path in without_voxels:
-        print(f"Left out: {path} has no voxels, its data file {raw_file(path)} does not exist")
+        print(f"Left out: {path} has no voxels, its data file {voxel_file(path)} does not exist")
     scans = sorted(set(found) - set(without_voxels))
     if not scans:
         raise ScanError(f"--{layout.option}: found {contents_text(folder)} in {folder}, expected scans at {layout}")

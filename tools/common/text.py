@@ -35,3 +35,10 @@ def bytes_text(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def first_lines(lines: Iterable[str], most: int = 10) -> str:
+    """The first lines of a list in a message, indented, and the number of the others."""
+    lines = list(lines)
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in [*lines[:most], *more])

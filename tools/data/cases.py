@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.data.datalists import datalist_items, read_datalist
+from tools.data.outputs import name_outputs, output_root
 from tools.data.scans import (
     EXTENSIONS,
     ScanError,
@@ -223,14 +224,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Sequence[str] | None], Pairing], str]] 
 }
 
 
-# -------------------------------------------------------------------------------------------- splitting cases
-
-
 # --------------------------------------------------------------------------------------------- for the bundles
 
 
 def find_inference_scans(
-    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None
+    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None, dicom_series: str = "refuse"
 ) -> list[dict[str, Any]]:
     """Find scans to segment; labels are not needed.
 
@@ -240,9 +238,12 @@ def find_inference_scans(
         modalities: names of the channels in order, if each has a separate file: files whose names end in them
             (`X_t1.nii.gz`) are combined to one scan, those that end in `_seg` are skipped, and each other file is a
             scan (4D files).
+        dicom_series: what is done with a folder of several DICOM series, as in `find_scans`; not used with a data list
+            or with modalities.
 
     Returns:
-        One `{"image": path or paths}` per scan, sorted by path.
+        One `{"image": path or paths, "output": name of its results}` per scan, as in `name_outputs`; in the order of
+        the data list, or sorted by path.
 
     Raises:
         ScanError: there is no scan, the data list is not readable, or channels of a scan are missing.
@@ -251,9 +252,12 @@ def find_inference_scans(
         scans = read_datalist(datalist, dataset_dir, "test")
         if not scans:
             raise ScanError(f"{datalist}: found no scan in the section 'test', expected at least one")
-        return scans
-    if not modalities:
-        return find_scans(dataset_dir)
+        return name_outputs(scans)
+    scans = _scans_of_modalities(dataset_dir, modalities) if modalities else find_scans(dataset_dir, dicom_series)
+    return name_outputs(scans, output_root(dataset_dir))
+
+
+def _scans_of_modalities(dataset_dir: str, modalities: Sequence[str]) -> list[dict[str, Any]]:
     paths = [Path(path) for path in scan_paths(dataset_dir) if not SEGMENTATION.search(stem_of(path))]
     groups, rest = _by_modality(paths, modalities)
     problems = []

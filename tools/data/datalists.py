@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tools.data.scans import ScanError, files_of
+from tools.data.scans import ScanError, files_of, series_folder
 
 
 def read_datalist(
@@ -29,7 +29,7 @@ def read_datalist(
             are missing.
     """
     items = datalist_items(datalist, dataset_dir, section, labels)
-    missing = [path for item in items for path in files_of(item) if not Path(path).exists()]
+    missing = [path for item in items for path in files_of(item) if not series_folder(path).exists()]
     if missing:
         first = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise ScanError(
@@ -45,6 +45,11 @@ def datalist_items(
     """Do as `read_datalist`, without checking that the files exist."""
     content = load_datalist(datalist)
     if section not in content:
+        if {"channel_names", "file_ending"} & content.keys():
+            raise ScanError(
+                f"{datalist}: is a dataset.json of nnU-Net, which lists no files, expected 'training' with paths: "
+                "leave the datalist out, or write one with `python -m tools datalist msd`"
+            )
         if section == "training":
             raise ScanError(f"{datalist}: found the keys {sorted(content)}, expected 'training' among them")
         return []

@@ -11,31 +11,35 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from tools.common.files import atomic_path
 from tools.common.text import size_text
-from tools.data.reading import File, UnfitError, raw_file, read_image, read_label
-from tools.data.scans import files_of, paths_of
+from tools.data.geometry import disagreement
+from tools.data.kinds import UnfitError
+from tools.data.processes import in_processes
+from tools.data.rasters import voxel_file
+from tools.data.reading import File, read_image, read_label
+from tools.data.scans import files_of, paths_of, series_folder
 
 logger = logging.getLogger(__name__)
 
-REMEMBER_FORMAT = 3  # increase it when a check is added, so that saved results are not used
+REMEMBER_FORMAT = 4  # increase it when a check is added, so that saved results are not used
 SAVE_EVERY = 60.0  # seconds between two saves while thousands of scans are read
 # Tolerance between the corners of label and image. Rounding in headers (spacing of four digits, quaternions in single
 # precision) reaches a tenth of a voxel over 512 voxels; the smallest real error, of the origin, is half a voxel.
 LABEL_OFFSET = 0.25  # voxels
 LABEL_SPACING = 1e-3  # mm; up to this difference MONAI's `Spacingd` resamples both to the same shape
+READ_BY_PYTHON = (".nii", ".nii.gz", ".mgz", ".mgh")  # the readers of other formats are C++, which can crash
+SMALL = 200e6  # bytes of a file that takes no minute
+MAX_SCAN_GB = 8.0  # of the voxels of a file, decompressed
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Scan:
         high: highest intensity.
         problem: why the scan is unusable, in one sentence (all numbers are then zero); None if it is usable.
         labels: values in its label file, including 0, sorted; empty if it has no label.
+        low_inside: lowest intensity that is no padding of a CT (-2000, -3024 …), outside of the field of view.
+        doubt: how its header contradicts itself about its place, in one sentence; None if it does not.
     """
 
     image: str | list[str]
@@ -61,6 +67,8 @@ class Scan:
     high: float
     problem: str | None
     labels: tuple[int, ...] = ()
+    low_inside: float = 0.0
+    doubt: str | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +79,9 @@ class Scan:
 # ------------------------------------------------------------------------------------------ looking at a scan
 
 
-def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None = None) -> Scan:
+def inspect_scan(
+    item: dict, channels: int, label_values: Sequence[int] | None = None, max_scan_gb: float = MAX_SCAN_GB
+) -> Scan:
     """Read a whole scan, and its label if it has one, as training will, and return its properties.
 
     While it reads, stderr of the whole process is captured: call it from several processes, not from several threads.
@@ -80,15 +90,17 @@ def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None =
         item: `{"image": path}`, or a list of paths, one per channel; optionally with `"label": path`.
         channels: number of input channels of the network.
         label_values: label values that are allowed in addition to 0; None for any whole numbers.
+        max_scan_gb: the largest file that is read, by its voxels.
 
     Returns:
         Properties of the scan. Bad data do not raise: `Scan.problem` says what was found and what was expected.
     """
     paths = paths_of(item)
     try:
-        files = [read_image(paths[0])] if len(paths) == 1 else _read_channels(paths)
+        most = float(max_scan_gb) * 1e9
+        files = [read_image(paths[0], most)] if len(paths) == 1 else _read_channels(paths, most)
         _check_channels(files, channels)
-        labels = _read_label_of(str(item["label"]), files[0], label_values).labels if "label" in item else ()
+        labels = _read_label_of(str(item["label"]), most, files[0], label_values).labels if "label" in item else ()
     except UnfitError as reason:
         return _unfit_scan(item, str(reason))
     return Scan(
@@ -100,6 +112,8 @@ def inspect_scan(item: dict, channels: int, label_values: Sequence[int] | None =
         high=max(file.high for file in files),
         problem=None,
         labels=labels,
+        low_inside=min(file.low_inside for file in files),
+        doubt=next(filter(None, map(disagreement, paths)), None),
     )
 
 
@@ -111,13 +125,13 @@ def _image(item: dict) -> str | list[str]:
     return paths_of(item) if isinstance(item["image"], list | tuple) else str(item["image"])
 
 
-def _read_channels(paths: list[str]) -> list[File]:
+def _read_channels(paths: list[str], max_bytes: float) -> list[File]:
     """Read a scan with one file per channel; as in MONAI, all must have the same affine."""
     files: list[File] = []
     for path in paths:
         name = Path(path).name
         try:
-            file = read_image(path)
+            file = read_image(path, max_bytes)
         except UnfitError as reason:
             raise UnfitError(f"its channel file {name} {reason}") from reason
         if file.channels != 1:
@@ -134,6 +148,11 @@ def _read_channels(paths: list[str]) -> list[File]:
 
 def _check_channels(files: list[File], channels: int) -> None:
     found = sum(file.channels for file in files)
+    if len(files) == 1 and found > channels == 1:
+        raise UnfitError(
+            f"has {found} channels or points in time ({files[0]}), expected 1: split points in time (fMRI, diffusion, "
+            f"4D CT) into files; for channels, set in_channels to {found} if every scan has that many"
+        )
     if found != channels:
         many = f"{len(files)} files, each " if len(files) > 1 else ""
         raise UnfitError(
@@ -142,10 +161,10 @@ def _check_channels(files: list[File], channels: int) -> None:
         )
 
 
-def _read_label_of(path: str, image: File, label_values: Sequence[int] | None) -> File:
+def _read_label_of(path: str, max_bytes: float, image: File, label_values: Sequence[int] | None) -> File:
     """Read a label file and check that its geometry is that of the image and its values are label values."""
     try:
-        file = read_label(path, label_values)
+        file = read_label(path, max_bytes, label_values)
         _check_place(file, image)
     except UnfitError as reason:
         raise UnfitError(f"its label {path} {reason}") from reason
@@ -199,16 +218,18 @@ def inspect_scans(
     workers: int = 0,
     remember: Path | None = None,
     label_values: Sequence[int] | None = None,
+    max_scan_gb: float = MAX_SCAN_GB,
 ) -> list[Scan]:
     """Inspect many scans, and the labels of those that have one.
 
     Args:
         items: items from `find_scans`, `read_datalist` or `find_cases`.
         channels: number of input channels of the network.
-        workers: number of processes that read; 0 reads in this process.
+        workers: number of processes that read; 0 reads in this process, except what a reader could crash or hang on.
         remember: JSON file that stores the results of usable scans, so that unchanged files are not read again.
             Several processes may share it. Failure to read or write it is only logged.
         label_values: label values that are allowed in addition to 0; None for any whole numbers.
+        max_scan_gb: the largest file that is read, by its voxels.
 
     Returns:
         One `Scan` per item, in the same order.
@@ -219,8 +240,8 @@ def inspect_scans(
     unread = [n for n, key in enumerate(keys) if key not in remembered]
     scans = [remembered.get(key) for key in keys]
     pending = [items[n] for n in unread]
-    inspect = partial(inspect_scan, channels=channels, label_values=label_values)
-    results = _in_processes(inspect, pending, workers) if workers else map(inspect, pending)
+    inspect = partial(inspect_scan, channels=channels, label_values=label_values, max_scan_gb=max_scan_gb)
+    results = _results(inspect, pending, workers)
     fresh: dict[str, Scan] = {}
     saved = time.monotonic()
     try:
@@ -237,34 +258,25 @@ def inspect_scans(
     return scans
 
 
-def _in_processes(inspect: Callable[[dict], Scan], items: list[dict], workers: int) -> Iterator[Scan]:
-    with ProcessPoolExecutor(min(workers, len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(inspect, item) for item in items]
-        try:
-            for item, future in zip(items, futures, strict=True):
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    yield _alone(inspect, item)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _results(inspect: Callable[[dict], Scan], items: list[dict], workers: int) -> Iterator[Scan]:
+    """Inspect scans in processes; with 0 workers, in one of its own only what is not read by Python."""
+    here = [not workers and all(map(_is_read_by_python, files_of(item))) for item in items]
+    there = in_processes(inspect, [item for item, own in zip(items, here, strict=True) if not own], workers or 1)
+    for item, own in zip(items, here, strict=True):
+        result = inspect(item) if own else next(there)
+        yield _unfit_scan(item, result) if isinstance(result, str) else result
 
 
-def _alone(inspect: Callable[[dict], Scan], item: dict) -> Scan:
-    """Read a scan in a separate process, so that a crash of the reader is attributed to this scan."""
-    with ProcessPoolExecutor(1) as pool:
-        try:
-            return pool.submit(inspect, item).result()
-        except BrokenProcessPool:
-            return _unfit_scan(item, "kills the process that reads it (a crash of the reader, or memory ran out)")
+def _is_read_by_python(path: str) -> bool:
+    return path.lower().endswith(READ_BY_PYTHON) and Path(path).is_file() and Path(path).stat().st_size < SMALL
 
 
 def scan_key(item: dict) -> str:
     """Hash of the paths, sizes and dates of all files of a scan, including its label."""
     lines = []
-    for path in map(Path, files_of(item)):
+    for path in map(series_folder, files_of(item)):
         try:
-            files = sorted(path.iterdir()) if path.is_dir() else [path, raw_file(path) or path]
+            files = sorted(path.iterdir()) if path.is_dir() else [path, voxel_file(path)]
             states = [(file, file.stat()) for file in files]
         except OSError:  # missing: never remembered, because it has a problem
             states = []

@@ -1,13 +1,9 @@
-"""Reads one file of a scan as training will read it, and refuses unusable files.
-
-Some readers ignore errors: ITK continues after a failed decompression, nibabel replaces a spacing of 0 by 1. This
-module and `tools.data.dicom` check for such errors.
-"""
+"""Reads one file of a scan as training will read it, and refuses unusable files."""
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -18,18 +14,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from monai.data import affine_to_spacing
-from monai.transforms import LoadImage
-from nibabel.openers import ImageOpener
 
 from tools.common.text import size_text
-from tools.data.dicom import series_problem
+from tools.data.kinds import UnfitError
+from tools.data.loading import LoadScan
+from tools.data.rasters import check_directions
 
+logger = logging.getLogger(__name__)
 
-class UnfitError(Exception):
-    """A scan is unusable for training; the message becomes `Scan.problem`."""
+PADDING = -1500.0  # HU; what is lower is outside of the field of view (-2000, -2048, -3024), not in the patient
+ROUNDING = 1e-3  # largest distance of a label value from a whole number
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class File:
     affine: np.ndarray
     low: float
     high: float
+    low_inside: float = 0.0  # lowest value that is no padding of a CT
     labels: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -54,52 +51,47 @@ class File:
         return tuple(affine_to_spacing(self.affine, r=3).tolist())
 
 
-def read_image(path: str) -> File:
-    """Read a whole image file or DICOM folder.
+def read_image(path: str, max_bytes: float) -> File:
+    """Read a whole image file or DICOM series, at most of this size.
 
     Raises:
         UnfitError: the file is not readable, or is unusable for training.
     """
-    return _read(path, _measure_image)
+    return _read(path, max_bytes, _measure_image)
 
 
-def read_label(path: str, label_values: Sequence[int] | None) -> File:
+def read_label(path: str, max_bytes: float, label_values: Sequence[int] | None) -> File:
     """Read a whole label file.
 
     Args:
         path: label file.
+        max_bytes: the largest file that is read.
         label_values: values that are allowed in addition to 0; None for any whole numbers.
 
     Raises:
         UnfitError: the file is not readable, or has other values.
     """
-    return _read(path, partial(_measure_label, label_values=label_values))
+    return _read(path, max_bytes, partial(_measure_label, label_values=label_values))
 
 
-def _read(path: str, measure: Callable[[str, np.ndarray, np.ndarray], File]) -> File:
+def _read(path: str, max_bytes: float, measure: Callable[[str, np.ndarray, np.ndarray], File]) -> File:
     """Read a whole file; `measure` describes its array [channels, *spatial] and affine."""
     with _held_back() as printed:
         try:
-            _check_bytes(Path(path))
-            if Path(path).is_dir():
-                if problem := series_problem(Path(path)):
-                    raise UnfitError(problem)
-            elif path.lower().endswith((".nii", ".nii.gz")):
-                _check_nifti(path)
-            volume = _loader()(path)
-            file = measure(path, volume.array, np.asarray(volume.affine, dtype=float))
-        except UnfitError:
-            raise
-        except Exception as error:
-            raise UnfitError(_failure(Path(path), error, printed())) from error
-        if "Uncompress failed" in printed():  # ITK returns incomplete data
-            raise UnfitError("is damaged: ITK could not decompress its data, expected intact data")
-    return file
+            volume = _loader(max_bytes)(path)
+            return measure(path, volume.array, np.asarray(volume.affine, dtype=float))
+        except UnfitError as error:
+            raise UnfitError(f"{error}{_content_text(Path(path), str(error))}") from error
+        except MemoryError as error:
+            raise UnfitError("is too large for the memory of this machine") from error
+        except Exception as error:  # of any kind, by the libraries that read
+            logger.debug("%s: %s", path, printed() or error, exc_info=True)
+            raise UnfitError(f"cannot be read: its content is damaged{_content_text(Path(path))}") from error
 
 
 @cache
-def _loader() -> LoadImage:
-    return LoadImage(image_only=True, ensure_channel_first=True)
+def _loader(max_bytes: float) -> LoadScan:
+    return LoadScan(max_bytes)
 
 
 @contextmanager
@@ -110,7 +102,6 @@ def _held_back() -> Iterator[Callable[[], str]]:
     """
     with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", np.exceptions.ComplexWarning)  # half of the data would be thrown away
 
         def printed() -> str:
             sys.stderr.flush()
@@ -128,63 +119,14 @@ def _held_back() -> Iterator[Callable[[], str]]:
             os.close(stderr)
 
 
-def _failure(path: Path, error: Exception, printed: str) -> str:
-    """Describe in one sentence why a reader failed, with its own message and the first bytes of the file."""
-    if "is not wrapped for input type" in str(error):
-        return "has several channels of a type that ITK cannot read in Python, expected a file for each channel"
-    # ITK and teem print the most specific message last
-    words = re.split(r"ITK ERROR: (?:\w+\(0x\w+\): )?|\[nrrd\] ", printed or str(error))[-1]
-    words = " ".join(words.split())[:300] or type(error).__name__
-    if path.is_dir():
-        return f"cannot be read: {words}"
+def _content_text(path: Path, reason: str = "cannot be read") -> str:
+    """Size and first characters of a file that is of no known format: a web page, a pointer to another file …"""
+    if not reason.startswith("cannot be read") or not path.is_file():
+        return ""
     with path.open("rb") as file:
         start = file.read(24).decode("latin-1")
-    begin = f" that begin with {start!r}" if start.isascii() and start.isprintable() else ""  # a web page, a pointer …
-    return f"cannot be read: {words} (found {path.stat().st_size} bytes{begin})"
-
-
-def _check_bytes(path: Path) -> None:
-    if not path.exists():
-        raise UnfitError("does not exist")
-    if path.is_dir():
-        return
-    if path.stat().st_size == 0:
-        raise UnfitError("is empty: found 0 bytes, expected an image")
-    raw = raw_file(path)
-    if raw is not None and not raw.exists():
-        raise UnfitError(f"has no voxels: its data file {raw.name} does not exist, expected it beside the .mhd")
-    if raw is not None and raw.stat().st_size == 0:
-        raise UnfitError(f"has no voxels: found 0 bytes in its data file {raw.name}")
-
-
-def raw_file(path: Path) -> Path | None:
-    """Return the file that holds the voxels of a `.mhd`, by its header; None if it names no single file."""
-    if path.suffix.lower() != ".mhd":
-        return None
-    with path.open("rb") as file:
-        header = file.read(1 << 16).decode("latin-1")
-    name = re.search(r"^ElementDataFile\s*=\s*(.+?)\s*$", header, re.MULTILINE)
-    if name is None or name[1] in ("LOCAL", "LIST") or "%" in name[1]:  # the last two: one file for each slice
-        return None
-    return path.parent / name[1]
-
-
-def _check_nifti(path: str) -> None:
-    """Refuse a degenerate affine, which nibabel and MONAI would replace (a spacing of 0 becomes 1)."""
-    header_class = nib.load(path).header_class
-    with ImageOpener(path) as file:
-        affine = header_class.from_fileobj(file, check=False).get_best_affine()
-    _check_affine(affine)
-
-
-def _check_affine(affine: np.ndarray) -> None:
-    matrix = affine[:3, :3]
-    spacing = np.linalg.norm(matrix, axis=0)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(matrix / spacing)) < 1e-6:
-        rows = " ".join(str(row.round(4).tolist()) for row in matrix)
-        raise UnfitError(
-            f"has a degenerate affine matrix: found the rows {rows}, expected three axes with a spacing > 0"
-        )
+    begin = f" that begin with {start!r}" if start.isascii() and start.isprintable() else ""
+    return f" (found {path.stat().st_size} bytes{begin})"
 
 
 def _check_axes(array: np.ndarray) -> None:
@@ -205,7 +147,7 @@ def _check_finite(array: np.ndarray) -> None:
 def _measure_image(path: str, array: np.ndarray, affine: np.ndarray) -> File:
     """Describe an image [channels, *spatial]; refuse one that is unusable for training."""
     _check_axes(array)
-    _check_affine(affine)
+    check_directions(affine[:3, :3])
     _check_finite(array)
     channels, *shape = array.shape
     low, high = np.array([(channel.min(), channel.max()) for channel in array]).T
@@ -213,29 +155,33 @@ def _measure_image(path: str, array: np.ndarray, affine: np.ndarray) -> File:
         channel = int((low == high).argmax())
         what = f"channel {channel} (counted from 0)" if channels > 1 else "every voxel"
         raise UnfitError(f"is constant: {what} has the value {low[channel]:g}, expected an image")
-    return File(path, channels, tuple(shape), affine, float(low.min()), float(high.max()))
+    inside = float(low.min())
+    if inside < PADDING:
+        inside = float(array.min(initial=high.max(), where=array >= PADDING))
+    return File(path, channels, tuple(shape), affine, float(low.min()), float(high.max()), inside)
 
 
 def _measure_label(path: str, array: np.ndarray, affine: np.ndarray, label_values: Sequence[int] | None) -> File:
     """Describe a label map [1, *spatial]; refuse values that are not labels. A constant label map is allowed."""
     _check_axes(array)
-    _check_affine(affine)
+    check_directions(affine[:3, :3])
     _check_finite(array)
     channels, *shape = array.shape
     if channels != 1:
         raise UnfitError(f"has {channels} channels (shape {size_text([*shape, channels])}), expected one label map")
-    fractions = array[0][array[0] != np.rint(array[0])]
+    whole = np.rint(array[0])
+    fractions = array[0][np.abs(array[0] - whole) > ROUNDING]
     if fractions.size:
         raise UnfitError(
-            f"has {fractions.size} voxels that are not whole numbers (first: {fractions[0]:g}), expected label values"
+            f"has {fractions.size} voxels that are not whole numbers (first: {fractions[0]:.9g}), expected label values"
         )
-    voxels = _count_values(array[0])
+    voxels = _count_values(whole)
     strange = set() if label_values is None else voxels.keys() - {0, *label_values}
     if strange:
         values = ", ".join(map(str, sorted({0, *label_values})))
         raise UnfitError(f"has unknown label values: found {_value_text(strange, voxels)}, expected {values}")
     labels = tuple(sorted(voxels))
-    return File(path, channels, tuple(shape), affine, min(labels), max(labels), labels)
+    return File(path, channels, tuple(shape), affine, min(labels), max(labels), labels=labels)
 
 
 def _count_values(array: np.ndarray) -> Counter[int]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from tools.common.text import parse_bool
+from tools.common.text import first_lines, parse_bool
 from tools.data.cases import SECTIONS, Case, find_cases
 from tools.data.datalists import datalist_items, read_datalist
-from tools.data.inspection import Scan, inspect_scans
-from tools.data.scans import ScanError, find_scans, is_dicom, paths_of, root_of
+from tools.data.hounsfield import doubtful_values
+from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans
+from tools.data.scans import ScanError, find_scans, paths_of
 from tools.data.splits import label_subset, sort_cases, split_by_layout, split_scans
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def find_training_scans(
     skip_unreadable: bool,
     workers: int,
     remember: str,
+    dicom_series: str = "refuse",
+    max_scan_gb: float = MAX_SCAN_GB,
 ) -> TrainingScans:
     """Find the scans of a folder or of a data list, split into training and validation; the same on all ranks.
 
@@ -50,16 +53,18 @@ def find_training_scans(
         skip_unreadable: whether to read all scans now and exclude unusable ones.
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
+        dicom_series: what is done with a folder of several DICOM series, as in `find_scans`.
+        max_scan_gb: the largest file that is read, by its voxels.
 
     Raises:
         ScanError: there is no scan, the list is not readable, or the split is impossible.
     """
-    training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir)
+    training = read_datalist(datalist, dataset_dir, "training") if datalist else find_scans(dataset_dir, dicom_series)
     validation = read_datalist(datalist, dataset_dir, "validation") if datalist else []
     left_out: list[Scan] = []
     if parse_bool(skip_unreadable):
-        training, bad = _usable(training, channels, workers, remember)
-        validation, bad_validation = _usable(validation, channels, workers, remember)
+        training, bad = _usable(training, channels, workers, remember, max_scan_gb)
+        validation, bad_validation = _usable(validation, channels, workers, remember, max_scan_gb)
         left_out = bad + bad_validation
     if not validation:
         training, validation = split_scans(training, val_fraction, seed)
@@ -67,9 +72,9 @@ def find_training_scans(
 
 
 def _usable(
-    items: list[dict[str, Any]], channels: int, workers: int, remember: str
+    items: list[dict[str, Any]], channels: int, workers: int, remember: str, max_scan_gb: float
 ) -> tuple[list[dict[str, Any]], list[Scan]]:
-    scans = _inspect(items, channels, workers, remember)
+    scans = _inspect(items, channels, workers, remember, None, max_scan_gb)
     usable = [item for item, scan in zip(items, scans, strict=True) if scan.problem is None]
     return usable, [scan for scan in scans if scan.problem is not None]
 
@@ -166,10 +171,11 @@ def _inspect(
     channels: int,
     workers: int,
     remember: str,
-    label_values: Sequence[int] | None = None,
+    label_values: Sequence[int] | None,
+    max_scan_gb: float,
 ) -> list[Scan]:
     with idist.one_rank_first():  # the other ranks read its saved results
-        return inspect_scans(items, channels, workers, Path(remember), label_values)
+        return inspect_scans(items, channels, workers, Path(remember), label_values, max_scan_gb)
 
 
 def require_usable(
@@ -178,6 +184,8 @@ def require_usable(
     workers: int,
     remember: str,
     label_values: Sequence[int] | None = None,
+    max_scan_gb: float = MAX_SCAN_GB,
+    hounsfield: bool | str = False,
 ) -> list[Scan]:
     """Check that all scans are usable and return their properties.
 
@@ -187,6 +195,8 @@ def require_usable(
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks, so that unchanged scans are not read again.
         label_values: label values that are allowed in addition to 0; None: labels are not read.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether the values should be HU; scans whose values cannot be are warned of.
 
     Raises:
         ScanError: scans are unusable; the message lists them with the reasons.
@@ -194,19 +204,29 @@ def require_usable(
     if not items:
         raise ScanError("found no scan to work on, expected at least one in dataset_dir, or in the datalist's section")
     items = [{"image": item["image"]} for item in items] if label_values is None else items
-    scans = _inspect(items, channels, workers, remember, label_values)
+    scans = _inspect(items, channels, workers, remember, label_values, max_scan_gb)
     bad = [scan for scan in scans if scan.problem is not None]
     if bad:
-        listed = "\n".join(f"  {scan.name}: {scan.problem}" for scan in bad[:10])
-        more = f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else ""
+        listed = first_lines(f"{scan.name}: {scan.problem}" for scan in bad)
         way_out = (
             "`python -m tools check` lists all and writes a data list without them; "
             "`--skip_unreadable true` trains without them"
             if label_values is None
             else "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
         )
-        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}{more}\n{way_out}")
+        raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}\n{way_out}")
+    _warn_of_doubts(scans)
+    if parse_bool(hounsfield) and idist.get_rank() == 0:
+        for line in doubtful_values(scans):
+            logger.warning("%s", line)
     return scans
+
+
+def _warn_of_doubts(scans: Sequence[Scan]) -> None:
+    """Name the scans whose headers contradict themselves about their place, once (rank 0)."""
+    doubts = [f"{scan.name}: {scan.doubt}" for scan in scans if scan.doubt]
+    if doubts and idist.get_rank() == 0:
+        logger.warning("%d scans have headers that leave their place in doubt:\n%s", len(doubts), first_lines(doubts))
 
 
 def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -217,16 +237,3 @@ def channel_lines(case: Mapping[str, Any], modalities: Sequence[str] | None) -> 
     if len(paths) == len(modalities):
         return [("channels", ", ".join(f"{n} {path}" for n, path in zip(modalities, paths, strict=True)))]
     return [("channels", f"{', '.join(modalities)}: the volumes of {paths[0]} must be in this order")]
-
-
-def scan_root(dataset_dir: str | Path, datalist: str | Path | None) -> str:
-    """Return the root folder of the scans, whose subfolders the results keep, without searching for scans.
-
-    This is `dataset_dir` (its parent folder, if it is a DICOM series itself); with a data list, whose paths may be
-    anywhere, it is the deepest folder that contains all `test` scans.
-    """
-    if datalist:
-        return root_of(datalist_items(datalist, dataset_dir, "test"))
-    folder = Path(dataset_dir)
-    series = folder.is_dir() and any(is_dicom(folder, file.name) for file in folder.iterdir() if file.is_file())
-    return str(folder.absolute().parent if series else folder)  # absolute: the parent of "." is "."

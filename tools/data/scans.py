@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
+
+from tools.data.dicom import no_scan, read_header, series_in
+from tools.data.kinds import DATA, EXTENSIONS, SERIES_NAME, UnfitError, is_dicom, kind_of
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
-RAW = (".raw", ".zraw")  # the voxels of a .mhd
+DICOM_SERIES = ("refuse", "each", "largest")  # what is done with a folder of several
 
 
 class ScanError(ValueError):
@@ -22,10 +24,16 @@ class ScanError(ValueError):
 # ---------------------------------------------------------------------------------------------- finding scans
 
 
-def find_scans(dataset_dir: str | Path) -> list[dict]:
-    """Find every scan below a folder: files with one of `EXTENSIONS`, and folders with a DICOM series.
+def find_scans(dataset_dir: str | Path, dicom_series: str = "refuse") -> list[dict]:
+    """Find every scan below a folder: files with one of `EXTENSIONS`, and DICOM series.
 
-    Hidden files and folders are skipped, for instance `._scan.nii.gz` of macOS.
+    Hidden files and folders are skipped, for instance `._scan.nii.gz` of macOS. One warning counts the files that are
+    no scans, by kind.
+
+    Args:
+        dataset_dir: folder that is searched.
+        dicom_series: what is done with a folder of several DICOM series: `refuse` takes the folder as one scan, which
+            the check then refuses; `each` takes each as a scan `FOLDER/UID`; `largest` that with most slices.
 
     Returns:
         One `{"image": path}` per scan, sorted by path. Paths start with the argument `dataset_dir`.
@@ -33,29 +41,90 @@ def find_scans(dataset_dir: str | Path) -> list[dict]:
     Raises:
         ScanError: the folder does not exist or contains no scan.
     """
-    scans = scan_paths(dataset_dir)
+    scans = scan_paths(dataset_dir, dicom_series)
     _warn_of_labels(scans, Path(dataset_dir))
     return [{"image": path} for path in scans]
 
 
-def scan_paths(dataset_dir: str | Path) -> list[str]:
+def scan_paths(dataset_dir: str | Path, dicom_series: str = "refuse") -> list[str]:
     """Return the sorted paths of `find_scans`, without its warning about labels."""
+    if dicom_series not in DICOM_SERIES:
+        raise ScanError(f"dicom_series: found {dicom_series!r}, expected one of {', '.join(DICOM_SERIES)}")
     root = require_folder(dataset_dir)
     scans: list[str] = []
-    others = 0
+    others: Counter[str] = Counter()
     for folder, names in walk(root):
-        rest = [name for name in names if not name.lower().endswith(EXTENSIONS)]
-        scans += [str(folder / name) for name in names if name.lower().endswith(EXTENSIONS)]
-        if any(is_dicom(folder, name) for name in rest):
-            scans.append(str(folder))
-        else:
-            others += len(rest)
+        taken = {name for name in names if _is_scan(folder, name, names)}
+        scans += [str(folder / name) for name in taken]
+        rest = [name for name in names if name not in taken]
+        slices = {name for name in rest if is_dicom(folder, name)}
+        scans += _series_paths(folder, sorted(slices), dicom_series, others)
+        voxels = {name for name in rest if _is_data_of(name, taken)}
+        others.update(kind_of(name) for name in rest if name not in slices | voxels)
     if not scans:
         raise ScanError(
-            f"dataset_dir: found no scan in {root} but {others} other files, expected files that end in "
-            f"{', '.join(EXTENSIONS)} or folders that hold a DICOM series"
+            f"dataset_dir: found no scan in {root} but {others.total()} other files ({_kinds_text(others)}), expected "
+            f"files that end in {', '.join(EXTENSIONS)} or folders that hold a DICOM series"
         )
+    if others:
+        logger.warning("%s: %d files are not taken as scans: %s", root, others.total(), _kinds_text(others))
     return sorted(scans)
+
+
+def _kinds_text(others: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+
+
+def _is_scan(folder: Path, name: str, names: list[str]) -> bool:
+    """Whether a file is a scan by its name; a `.hdr` is one if its `.img` is there."""
+    if not name.lower().endswith(EXTENSIONS):
+        return False
+    return not name.lower().endswith(".hdr") or any(name[:-4] + end in names for end in (".img", ".img.gz"))
+
+
+def _is_data_of(name: str, taken: set[str]) -> bool:
+    """Whether a file seems to hold the voxels of one of these, by its name."""
+    stem = next((name[: -len(end)] for end in DATA if name.lower().endswith(end)), None)
+    return stem is not None and any(f"{stem}{end}" in taken for end in (".mhd", ".nhdr", ".hdr"))
+
+
+def _series_paths(folder: Path, slices: list[str], dicom_series: str, others: Counter[str]) -> list[str]:
+    """Paths of the DICOM scans in a folder; counts in `others` what is none."""
+    if dicom_series == "refuse":
+        kinds: Counter[str] = Counter()
+        for name in slices:  # up to the first image: the check reads the others
+            header = read_header(folder / name)
+            kind = None if header is None else no_scan(header)
+            if kind is None:
+                return [str(folder)]
+            kinds[f"DICOM {kind}"] += 1
+        others.update(kinds)
+        return []
+    if not slices:
+        return []
+    try:
+        series, objects = series_in(folder)
+    except UnfitError:  # the check says why
+        return [str(folder)]
+    others.update({f"DICOM {kind}": count for kind, count in objects.items()})
+    if len(series) <= 1:
+        return [str(folder)] * len(series)
+    chosen = series if dicom_series == "each" else series[:1]
+    passed_over = len(series) - len(chosen)
+    logger.warning(
+        "%s: %d DICOM series, %s: %s",
+        folder,
+        len(series),
+        f"of which {passed_over} are not taken" if passed_over else "each a scan",
+        "; ".join(map(str, series)),
+    )
+    return [str(folder / one.name) for one in chosen]
+
+
+def series_folder(path: str | Path) -> Path:
+    """Folder of one of its DICOM series, `FOLDER/UID`; of any other scan, its own path."""
+    path = Path(path)
+    return path.parent if SERIES_NAME.fullmatch(path.name) and not path.exists() else path
 
 
 def require_folder(dataset_dir: str | Path) -> Path:
@@ -82,17 +151,6 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield Path(folder), [name for name in names if not name.startswith(".")]
-
-
-def is_dicom(folder: Path, name: str) -> bool:
-    """Whether a file of the folder is DICOM, by its first bytes."""
-    if name.upper() == "DICOMDIR" or name.lower().endswith(RAW):  # DICOMDIR is a table of contents
-        return False
-    try:
-        with FileIO(f"{folder}{os.sep}{name}") as file:  # Path takes twice the time for 100,000 files
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def _warn_of_labels(scans: list[str], root: Path) -> None:

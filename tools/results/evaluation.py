@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import permutations, product, takewhile
+from itertools import permutations, product
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -22,7 +21,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import affine_to_spacing
 from monai.metrics.utils import get_code_to_measure_table
-from monai.transforms import LoadImage, Orientation
+from monai.transforms import Orientation
 from monai.utils import convert_to_tensor
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
@@ -30,7 +29,9 @@ from torch import Tensor
 
 from tools.common.tables import aligned, write_rows
 from tools.data.classes import Classes
-from tools.data.scans import ScanError, stem_of
+from tools.data.loading import LoadScan
+from tools.data.outputs import case_names
+from tools.data.scans import ScanError
 from tools.losses import class_masks
 from tools.results.figures import segmentation_figure
 
@@ -278,7 +279,7 @@ class CaseMetrics:
 
     def _draw(self, which: str, name: str, case: _Case, pred: Tensor) -> None:
         """Draw a case from its files, because the evaluator's image may be resampled and cropped."""
-        load = LoadImage(image_only=True, ensure_channel_first=True)
+        load = LoadScan()
         image, label = load(case.image), load(case.label)
         together = torch.cat([label, image[:1], pred])  # takes the label's affine
         # labels: the default will change
@@ -292,34 +293,6 @@ class CaseMetrics:
             title=f"{which} case: {name}, mean Dice {case.score:.3f}",
             spacing=tuple(affine_to_spacing(turned.affine).tolist()),
         )
-
-
-def case_names(paths: Sequence[tuple[str, str]]) -> list[str]:
-    """Return short, unique names of cases.
-
-    The first of these that is unique for all cases: the common start of the names of image and label file
-    (`BraTS20_001` of `BraTS20_001_t1.nii.gz` and `BraTS20_001_seg.nii.gz`), the image's name without extension, the
-    name of its folder, its whole path.
-
-    Args:
-        paths: image (the first of several channel files) and label of each case.
-    """
-    images = [Path(image) for image, _ in paths]
-    choices = (
-        [_common_start(stem_of(image), stem_of(label)) for image, label in paths],
-        [stem_of(image) for image in images],
-        [image.absolute().parent.name for image in images],
-    )
-    for names in choices:
-        if all(names) and len(set(names)) == len(names):
-            return names
-    return ["_".join(image.parts).lstrip("/_") for image in images]
-
-
-def _common_start(image: str, label: str) -> str:
-    """Return the common start of two names, in whole words: `scan_1` and `seg_1` have none."""
-    pairs = zip(*(re.split(r"([_.-])", name) for name in (image, label)), strict=False)
-    return "".join(word for word, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)).rstrip("_.-")
 
 
 def _gathered(cases: list[_Case]) -> list[_Case]:

@@ -20,6 +20,8 @@ def start_inference(
     classes: Classes,
     workers: int,
     remember: str,
+    max_scan_gb: float,
+    hounsfield: bool | str,
     ckpt_path: str,
     prepared: Preparation,
     roi_size: Sequence[int],
@@ -34,6 +36,8 @@ def start_inference(
         classes: class name → label values.
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether scans whose values cannot be HU are warned of.
         ckpt_path: file of the weights.
         prepared: how scans are prepared, for the table.
         roi_size: size of the sliding window, voxels.
@@ -45,7 +49,7 @@ def start_inference(
     """
     require_roi(roi_size, stride)
     _require_classes(ckpt_path, classes)
-    require_usable(items, channels, workers, remember, label_values(classes))
+    require_usable(items, channels, workers, remember, label_values(classes), max_scan_gb, hounsfield)
     print_table(
         [
             ("scans", str(len(items))),

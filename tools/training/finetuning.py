@@ -82,6 +82,8 @@ def start_finetuning(
     label_fraction: float,
     workers: int,
     remember: str,
+    max_scan_gb: float,
+    hounsfield: bool | str,
     transfer: Transfer,
     roi_size: Sequence[int],
     stride: int,
@@ -106,6 +108,8 @@ def start_finetuning(
         label_fraction: fraction of all training cases in `training`, for the table.
         workers: number of processes that read cases.
         remember: JSON file with the results of earlier checks.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether scans whose values cannot be HU are warned of.
         transfer: network, and report of the loaded weights.
         roi_size: crop size, voxels.
         stride: total downsampling of the network.
@@ -133,7 +137,8 @@ def start_finetuning(
             raise ValueError(f"{found} {name} case(s) for {world_size} process(es); expected at least one for each")
     network = transfer.network
     resumed = require_resumable(resume_from, network, prepared) if resume_from else None
-    scans = require_usable([*training, *validation], channels, workers, remember, label_values(classes))
+    items, values = [*training, *validation], label_values(classes)
+    scans = require_usable(items, channels, workers, remember, values, max_scan_gb, hounsfield)
     cached = require_cache_room(scans, cache, cache_dir, prepared.spacing, labels=True)
     memory = training_memory(network, torch.rand(crops, channels, *roi_size, device="meta"))
     slower = f"; encoder at {encoder_lr_multiplier:g} of the learning rate" if encoder_lr_multiplier != 1 else ""

@@ -30,6 +30,8 @@ def start_pretraining(
     channels: int,
     workers: int,
     remember: str,
+    max_scan_gb: float,
+    hounsfield: bool | str,
     step: PretrainStep | ReconstructionStep | SimCLRStep,
     loss: HybridMIMLoss | MaskedL1Loss | ContrastiveLoss,
     backbone: nn.Module,
@@ -52,6 +54,8 @@ def start_pretraining(
         channels: number of input channels of the network.
         workers: number of processes that read scans.
         remember: JSON file with the results of earlier checks.
+        max_scan_gb: the largest file that is read, by its voxels.
+        hounsfield: whether scans whose values cannot be HU are warned of.
         step: training step with the network.
         loss: loss function.
         backbone: network that is saved as `backbone.pt`.
@@ -76,7 +80,8 @@ def start_pretraining(
     crops = min(crops, len(training) // world_size * crops_per_volume)
     _check_batch(len(training), len(validation), crops, world_size, step.contrastive)
     resumed = require_resumable(resume_from, step.network_def, prepared) if resume_from else None
-    scans = require_usable([*training, *validation], channels, workers, remember)
+    items = [*training, *validation]
+    scans = require_usable(items, channels, workers, remember, max_scan_gb=max_scan_gb, hounsfield=hounsfield)
     cached = require_cache_room(scans, cache, cache_dir, prepared.spacing)
 
     network, g = step.network_def, step.geometry

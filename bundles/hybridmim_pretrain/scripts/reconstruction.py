@@ -9,7 +9,7 @@ from monai.transforms import Transform
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor, nn
 
-from tools.data.scans import stem_of
+from tools.data.outputs import output_name
 from tools.losses import expand_mask, scan_voxels
 from tools.results.figures import reconstruction_figure
 
@@ -51,17 +51,13 @@ class SaveReconstructionFigured(Transform):
 
     Args:
         figure_dir: folder of the pictures.
-        scan_root: folder of the scans; pictures are written to the same subfolders.
     """
 
-    def __init__(self, figure_dir: str | Path, scan_root: str | Path) -> None:
+    def __init__(self, figure_dir: str | Path) -> None:
         self.figure_dir = Path(figure_dir)
-        self.scan_root = Path(scan_root).absolute()
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Draw the first channel, without the padding."""
-        path = Path(data["file"]).absolute()
-        folder = path.parent.relative_to(self.scan_root)
         start, end = generate_spatial_bounding_box(data["scan"].as_tensor())
         box = (0, *(slice(s, e) for s, e in zip(start, end, strict=True)))
         image, masked, pred, counted = (
@@ -70,12 +66,12 @@ class SaveReconstructionFigured(Transform):
         )
         error = (pred - image)[counted].square().mean()
         reconstruction_figure(
-            self.figure_dir / folder / f"{stem_of(path)}_reconstruction.png",
+            self.figure_dir / f"{output_name(data, data['file'])}_reconstruction.png",
             image,
             masked,
             pred,
             counted=counted,
-            title=f"{path.name}: masked error {error:.4f} (MSE)",
+            title=f"{Path(data['file']).name}: masked error {error:.4f} (MSE)",
             spacing=tuple(data["spacing"].tolist()),
         )
         return dict(data)

@@ -42,7 +42,7 @@ def test_names_every_bad_scan_and_fails(folder, capsys):
         check(str(folder), workers=0)
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{folder / 'cut.nii'}: cannot be read")
+    assert lines[0].startswith(f"{folder / 'cut.nii'}: is truncated")
     assert lines[1].startswith(f"{folder / 'empty.nii.gz'}: is empty")
     assert lines[2:] == [
         "scans      3 readable, 2 unreadable",
@@ -94,7 +94,7 @@ def test_missing_images_of_a_datalist_are_named_with_the_others(folder, capsys):
         check(datalist=str(folder / "all.json"), workers=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder / 'no.nii'}: does not exist"
-    assert lines[1].startswith(f"{folder / 'cut.nii'}: cannot be read")
+    assert lines[1].startswith(f"{folder / 'cut.nii'}: is truncated")
     assert lines[2] == "scans      1 readable, 2 unreadable"
 
 
@@ -256,3 +256,14 @@ def test_what_is_no_bundle_for_segmentation(cases, tmp_path):
     (other / "configs/train.yaml").write_text("in_channels: 1\nlayout: msd\n")
     with pytest.raises(ScanError, match=r"train\.yaml has no classes, modalities, fold, folds, split_seed, expected a"):
         check(str(cases), bundle=str(other))
+
+
+def test_a_header_that_contradicts_itself_is_said_in_mm(tmp_path, capsys):
+    write(tmp_path / "scan.nii")
+    image = nib.load(tmp_path / "scan.nii")
+    image.set_qform(np.diag([1, 1, 2.5, 1]) + np.eye(4, k=3) * 12, code=1)
+    nib.save(image, tmp_path / "moved.nii")
+    check(str(tmp_path), workers=0)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    moved = tmp_path / "moved.nii"
+    assert warnings == [f"WARNING    {moved}: its sform (used) and its qform are up to 12 mm apart"]

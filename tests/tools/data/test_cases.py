@@ -409,8 +409,8 @@ def test_a_datalist_without_labels_is_refused(listed_set, entries, message):
 def test_any_folder_can_be_segmented(tmp_path):
     touch(tmp_path, "b.nii.gz", "deep/a.mha")
     assert find_inference_scans(str(tmp_path), None) == [
-        {"image": f"{tmp_path}/b.nii.gz"},
-        {"image": f"{tmp_path}/deep/a.mha"},
+        {"image": f"{tmp_path}/b.nii.gz", "output": "b"},
+        {"image": f"{tmp_path}/deep/a.mha", "output": "deep/a"},
     ]
 
 
@@ -422,7 +422,7 @@ def test_channels_of_a_scan_are_grouped_and_labels_left_out(tmp_path, caplog):
         touch(tmp_path, "GLI/GLI-1-t1ce.nii", "GLI/GLI-1-seg.nii", "W39_Segm.nii")
         found = find_inference_scans(str(tmp_path), None, MODALITIES)
     one, two = (f"{tmp_path}/{CASE.format(n)}/{CASE.format(n)}" for n in (1, 2))
-    assert found == [
+    assert [{"image": scan["image"]} for scan in found] == [
         {"image": [f"{one}_{modality}.nii.gz" for modality in MODALITIES]},
         {"image": [f"{two}_{modality}.nii" for modality in MODALITIES]},
         {"image": [f"{tmp_path}/GLI/GLI-1-{modality}.nii" for modality in MODALITIES]},
@@ -445,7 +445,10 @@ def test_scans_without_all_channels_are_named(tmp_path):
 def test_the_test_scans_of_a_datalist_are_segmented(listed_set):
     path = write_json(listed_set / "list.json", {"test": [*listed(3), "img/1.nii"]})
     found = find_inference_scans(str(listed_set), str(path), MODALITIES)
-    assert found == [{"image": f"{listed_set}/img/3.nii"}, {"image": f"{listed_set}/img/1.nii"}]
+    assert found == [
+        {"image": f"{listed_set}/img/3.nii", "output": "3"},
+        {"image": f"{listed_set}/img/1.nii", "output": "1"},
+    ]
     path = write_json(listed_set / "list.json", {"training": ["img/1.nii"]})
     with pytest.raises(ScanError, match=r"found no scan in the section 'test', expected at least one"):
         find_inference_scans(str(listed_set), str(path))

@@ -10,7 +10,6 @@ import pytest
 
 from image_files import item, names, write_dicom
 from tools.data.datalists import read_datalist
-from tools.data.runs import scan_root
 from tools.data.scans import ScanError, find_scans, root_of, stem_of
 from tools.data.splits import split_scans
 
@@ -58,7 +57,7 @@ def test_says_what_is_wrong_with_the_folder(tmp_path):
         find_scans(tmp_path / "nowhere")
     with pytest.raises(ScanError, match=r"a\.txt is a file, expected a folder"):
         find_scans(tmp_path / "a.txt")
-    with pytest.raises(ScanError, match=r"no scan in .* but 2 other files, expected .*\.nii\.gz.*DICOM"):
+    with pytest.raises(ScanError, match=r"no scan in .* but 2 other files \(1 \.json, 1 \.txt\), expected .*\.nii"):
         find_scans(tmp_path)
 
 
@@ -218,10 +217,3 @@ def test_the_root_holds_all_scans(tmp_path):
     paths = [tmp_path / "a/x.nii", tmp_path / "b/c/y.nii"]
     assert root_of([item(path) for path in paths]) == str(tmp_path)
     assert root_of([{"image": [str(tmp_path / "a/t1.nii"), str(tmp_path / "a/t2.nii")]}]) == str(tmp_path / "a")
-
-
-def test_results_of_a_series_that_is_the_working_folder(tmp_path, monkeypatch):
-    write_dicom(tmp_path / "series")
-    monkeypatch.chdir(tmp_path / "series")
-    assert scan_root(".", None) == scan_root(str(tmp_path / "series"), None) == str(tmp_path)
-    assert scan_root("..", None) == ".."  # no series: the folder itself

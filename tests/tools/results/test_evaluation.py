@@ -17,7 +17,7 @@ from scipy.ndimage import binary_dilation
 
 from tools.common.tables import read_metrics
 from tools.data.scans import ScanError
-from tools.results.evaluation import CaseMetrics, _Case, _gathered, case_metrics, case_names
+from tools.results.evaluation import CaseMetrics, _Case, _gathered, case_metrics
 from tools.results.label_maps import ToLabelMapd
 
 SPACING = (2.5, 0.7, 3.0)
@@ -107,24 +107,6 @@ def test_empty_masks(empty, neither, one_only):
     np.testing.assert_allclose(found["hd95"], [neither[1], one_only, one_only, 0], rtol=1e-6)
     np.testing.assert_allclose(found["nsd"], [neither[2], 0, 0, 1])
     assert found["missed"].tolist() == [False, False, True, False]
-
-
-# -------------------------------------------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        ([("b/c_1_t1.nii.gz", "b/c_1_seg.nii.gz"), ("b/c_2_t1.nii.gz", "b/c_2_seg.nii.gz")], ["c_1", "c_2"]),
-        ([("i/h_1.nii.gz", "l/h_1.nii.gz"), ("i/h_2.nii", "l/h_2.nii")], ["h_1", "h_2"]),
-        ([("i/img0035.nii.gz", "l/label0035.nii.gz"), ("i/img0036.nii", "l/label0036.nii")], ["img0035", "img0036"]),
-        ([("i/scan_1.mha", "l/seg_1.mha"), ("i/scan_2.mha", "l/seg_2.mha")], ["scan_1", "scan_2"]),
-        ([("p1/ct.nii.gz", "p1/organs.nii.gz"), ("p2/ct.nii.gz", "p2/organs.nii.gz")], ["p1", "p2"]),
-        ([("/p1/a/ct.nii", "/p1/b/x.nii"), ("/p2/a/ct.nii", "/p2/b/x.nii")], ["p1_a_ct.nii", "p2_a_ct.nii"]),
-    ],
-)
-def test_names_tell_cases_apart(paths, names):
-    assert case_names(paths) == names
 
 
 # ------------------------------------------------------------------------------------------------ handler
