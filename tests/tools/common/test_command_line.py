@@ -40,47 +40,45 @@ def test_our_commands_take_every_name(tmp_path, monkeypatch, capsys, name):
 
 @pytest.fixture
 def error_of(tmp_path, monkeypatch):
-    """What `run inferring` says about a folder of this name, up to its weights, which do not exist."""
+    """What the start of a run says about a folder of this name; None if it is read as it was typed."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def run(typed, folder=None):
         if folder is not None:
             (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path)
-        line = ["run", "inferring", "--config_file", f"{BUNDLE}/configs/inference.yaml", "--bundle_root", str(BUNDLE)]
-        line += ["--logging_file", "False", "--output_dir", "out", "--ckpt_path", "no.pt", "--dataset_dir", typed]
-        line += ["--unet_features", "[4,4,4,4,4,4]"]
+        line = ["run", "path", "--config_file", f"{BUNDLE}/configs/inference.yaml", "--bundle_root", str(BUNDLE)]
+        line += ["--logging_file", "False", "--dataset_dir", typed]
         monkeypatch.setattr(sys, "argv", ["monai.bundle", *line])
-        with pytest.raises(Exception) as error:
+        try:
             fire.Fire({"run": scripts.run}, command=line)
-        return str(root_cause(error.value))
+        except Exception as error:
+            return str(root_cause(error))
+        return None
 
     return run
 
 
-ARRIVED = "no.pt: no such checkpoint"
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_bundles_take_most_names(error_of, name):
-    assert error_of(name, name) == ARRIVED
+    assert error_of(name, name) is None
 
 
 @pytest.mark.parametrize("name", READ_AS)
 def test_bundles_say_how_to_write_a_name_that_is_no_text_for_fire(error_of, name):
     expected = f"dataset_dir: found {name}, which is read as {READ_AS[name]}, expected a path: write ./{name}"
     assert error_of(name, name) == expected
-    assert error_of(f"./{name}") == ARRIVED
+    assert error_of(f"./{name}") is None
 
 
 @pytest.mark.parametrize("name", ["$x", "@x", "None"])
 def test_bundles_say_how_to_write_a_name_that_is_a_sign_of_a_config(error_of, name):
     assert error_of(name, name) == f"dataset_dir: found {name}, which is not read as a path, expected ./{name}"
-    assert error_of(f"./{name}") == ARRIVED
+    assert error_of(f"./{name}") is None
 
 
 def test_bundles_say_how_to_write_a_hash(error_of):
     said = error_of("a#b", "a#b")
     assert said.startswith("dataset_dir: found a#b, in which the config parser reads # as ::")
     expression = re.search(r'the expression "\\(.*)"$', said)[1]
-    assert expression == r"$'a\x23b'" and error_of(expression) == ARRIVED
+    assert expression == r"$'a\x23b'" and error_of(expression) is None
