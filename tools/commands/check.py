@@ -132,7 +132,7 @@ def _find(
         content = {"name": root.absolute().name, "training": [_entry(case, root) for case in cases]}
         items = {"training": cases}
     if settings is None:
-        return _Found(content, items, root)
+        return _Found(content, items, root, problems=problems)
     training = items["training"]
     if not items.get("validation"):
         try:
