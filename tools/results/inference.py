@@ -12,6 +12,8 @@ from tools.data.classes import Classes, class_text, label_values
 from tools.data.preparation import Preparation
 from tools.data.runs import channel_lines, require_usable
 
+LEFT_OUT = 3  # exit status of a run that did everything but the scans that it left out
+
 
 def start_inference(
     items: list[dict[str, Any]],
@@ -68,3 +70,14 @@ def _require_classes(ckpt_path: str, classes: Classes) -> None:
             f"classes: found {dict(classes)}, expected those that {ckpt_path} was trained for "
             f'({card_path(ckpt_path)}): --classes "{trained}"'
         )
+
+
+def end_without(left_out: Sequence[str]) -> None:
+    """List the scans that were left out; the last step of a run.
+
+    Raises:
+        SystemExit: status `LEFT_OUT`, if there is one.
+    """
+    if left_out:
+        print(f"left out, because they cannot be used: {len(left_out)}", *left_out, sep="\n  ", flush=True)
+        raise SystemExit(LEFT_OUT)
