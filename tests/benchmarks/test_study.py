@@ -508,7 +508,7 @@ def test_a_run_with_other_settings_is_refused(begin, end):
         ({"label_fractions": [1.5]}, r"label_fractions: found 1.5, expected numbers above 0"),
         ({"label_fractions": [0.1]}, r"label_fractions: found 0.1, expected one of 0.02, 0.05, 0.25, 1.0"),
         ({"jobs": 0}, r"jobs: found 0, expected a whole number of at least 1"),
-        ({"preset": "large"}, r"preset: found 'large', expected one of smoke, laptop, headneck, gpu"),
+        ({"preset": "large"}, r"preset: found 'large', expected one of smoke, laptop, headneck, headneck_gpu, gpu"),
     ],
 )
 def test_wrong_options(begin, options, message):
