@@ -10,6 +10,7 @@ from tools.commands.bundles import bundles
 from tools.commands.check import check
 from tools.commands.compare import compare
 from tools.commands.datalist import brats, btcv, msd, pretrain
+from tools.common.command_line import keep_text
 from tools.results.figures import curves_figure
 from tools.samples.sample_data import sample_data
 from tools.shipping.install import install
@@ -34,6 +35,6 @@ COMMANDS = {
 
 if __name__ == "__main__":
     try:
-        fire.Fire(COMMANDS, name="tools")
+        fire.Fire(keep_text(COMMANDS), name="tools")
     except (ValueError, OSError) as error:  # wrong input: the message is enough
         sys.exit(f"{type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import fire
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import torch
 from monai.transforms import LoadImage
 from threshold_network import Thresholds
 
-from image_files import write_dicom, write_itk, write_nifti
+from image_files import cut, write_dicom, write_itk, write_nifti
+from tools.commands.check import check
+from tools.common.errors import root_cause
+from tools.results.inference import LEFT_OUT
 
 from .bundles import ROOT, bundle
 
@@ -163,6 +167,29 @@ def test_a_header_that_contradicts_itself_is_kept_and_told(segment, tmp_path, ca
         assert code == expected_code
     (warning,) = [text for text in caplog.messages if "place in doubt" in text]
     assert "scan.nii.gz: its sform (used) and its qform are up to 50 mm apart" in warning
+
+
+def test_one_bad_scan_does_not_stop_the_others(segment, tmp_path, capsys):
+    label, ct = labelled((12, 13, 14))
+    (tmp_path / "scans").mkdir()
+    write_nifti(tmp_path / "scans/good.nii.gz", ct)
+    cut(write_nifti(tmp_path / "scans/cut.nii.gz", ct))
+    with pytest.raises(RuntimeError) as refused:
+        segment(tmp_path / "scans")
+    said = str(root_cause(refused.value))
+    assert "1 of 2 scans cannot be used" in said and "`--skip_unreadable true` goes on without them" in said
+    (command,) = re.findall(r"`python -m tools (check .*?)`", said)
+    with pytest.raises(SystemExit):  # it works where there is no label
+        fire.Fire({"check": check}, command=f"{command} --workers 0")
+    assert "scans      1 readable, 1 unreadable" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit) as ended:
+        segment(tmp_path / "scans", skip_unreadable="true")
+    assert ended.value.code == LEFT_OUT == 3
+    (path,) = (tmp_path / "out").rglob("*_seg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), label)
+    said = capsys.readouterr().out
+    assert "left out, because they cannot be used: 1\n" in said and f"{tmp_path}/scans/cut.nii.gz: " in said
 
 
 def test_brats_as_four_files_or_one(workflow, samples, tmp_path):

@@ -16,13 +16,13 @@ from monai.bundle import ConfigParser
 
 from tools.common.files import write_json
 from tools.common.text import axis_ranges, parse_bool
-from tools.data.cases import pair_cases
-from tools.data.classes import absent_classes, label_values
+from tools.data.cases import pair_cases, pair_inference_scans
+from tools.data.classes import Classes, absent_classes, label_values, other_year_of_brats
 from tools.data.datalists import datalist_items, load_datalist
 from tools.data.hounsfield import doubtful_values
 from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans
 from tools.data.runs import channel_lines
-from tools.data.scans import ScanError, files_of, find_scans
+from tools.data.scans import ScanError, files_of
 from tools.data.splits import split_by_layout
 
 COUNTS = {"training": "numTraining", "validation": "numValidation", "test": "numTest"}  # Decathlon's keys
@@ -51,20 +51,22 @@ class _Found:
 def check(
     dataset_dir: str | None = None,
     datalist: str | None = None,
-    channels: int = 1,
+    channels: int | None = None,
     output: str | None = None,
     workers: int = 4,
     bundle: str | None = None,
     dicom_series: str = "refuse",
     max_scan_gb: float = MAX_SCAN_GB,
     hounsfield: bool | None = None,
+    modalities: Sequence[str] | None = None,
+    classes: Classes | None = None,
 ) -> None:
     """Read every scan; print the unusable ones with the reasons, and a summary.
 
     Args:
         dataset_dir: folder of scans; with a data list, the base folder of its relative paths.
         datalist: Decathlon-style JSON file, whose `training`, `validation` and `test` are read.
-        channels: number of input channels of the network.
+        channels: number of input channels of the network; None: one, or one for each of the modalities.
         output: JSON file to write: a data list without the unusable scans.
         workers: number of processes that read; 0 reads in this process.
         bundle: folder of a segmentation bundle: every case needs a label, which is read too. The expected data are
@@ -73,6 +75,9 @@ def check(
         max_scan_gb: the largest file that is read, by its voxels.
         hounsfield: whether the scans are CT in HU, to warn of those whose values cannot be; None: as the bundle says,
             without one for a single channel.
+        modalities: names of the channels, if each has a separate file, as "[t1,t1ce,t2,flair]"; instead of the
+            bundle's.
+        classes: class name → label values, as "{TC:[1,3],WT:[1,2,3],ET:[3]}"; instead of the bundle's.
 
     Raises:
         ScanError: there is neither a folder nor a data list, it contains no scan, or none is usable for `output`.
@@ -81,10 +86,12 @@ def check(
     if datalist is None and dataset_dir is None:
         raise ScanError("check: found neither --dataset_dir nor --datalist, expected one of them")
     settings = None if bundle is None else _settings(Path(bundle))
-    found = _find(dataset_dir, datalist, settings, dicom_series)
+    if settings is not None:
+        settings |= {k: v for k, v in {"modalities": modalities, "classes": classes}.items() if v is not None}
+    found = _find(dataset_dir, datalist, settings, modalities, dicom_series)
     items = [item for part in found.items.values() for item in part]
     if settings is None:
-        scans = inspect_scans(items, channels, workers, max_scan_gb=max_scan_gb)
+        scans = inspect_scans(items, channels or len(modalities or [1]), workers, max_scan_gb=max_scan_gb)
     else:
         values = label_values(settings["classes"])
         scans = inspect_scans(items, settings["in_channels"], workers, None, values, max_scan_gb)
@@ -93,7 +100,7 @@ def check(
     problems = found.problems + [f"{scan.name}: {scan.problem}" for scan in bad]
     lines = [] if settings is None else _bundle_lines(found, scans, settings)
     if hounsfield is None:
-        hounsfield = channels == 1 if settings is None else settings["hounsfield"]
+        hounsfield = (channels or len(modalities or [1])) == 1 if settings is None else settings["hounsfield"]
     if parse_bool(hounsfield):
         lines += [f"WARNING    {line}" for line in doubtful_values(scans)]
     print("\n".join([*problems, summary(scans), *lines]))
@@ -119,7 +126,13 @@ def _settings(bundle: Path) -> dict[str, Any]:
     return {key: parser.get_parsed_content(key) for key in SETTINGS} | {"hounsfield": parser.get("hounsfield", False)}
 
 
-def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any] | None, dicom_series: str) -> _Found:
+def _find(
+    dataset_dir: str | None,
+    datalist: str | None,
+    settings: dict[str, Any] | None,
+    modalities: Sequence[str] | None,
+    dicom_series: str,
+) -> _Found:
     """Find the scans, with labels if there are settings of a bundle."""
     if datalist is not None:
         root = Path(datalist).parent if dataset_dir is None else Path(dataset_dir)
@@ -128,14 +141,14 @@ def _find(dataset_dir: str | None, datalist: str | None, settings: dict[str, Any
     else:
         root = Path(dataset_dir)
         if settings is None:
-            cases, problems = find_scans(root, dicom_series), []
+            pairing = pair_inference_scans(root, None, modalities, dicom_series)
         else:
             pairing = pair_cases(root, settings["layout"], settings["modalities"])
-            cases, problems = pairing.cases, list(pairing.problems)
+        cases, problems = pairing.cases, list(pairing.problems)
         content = {"name": root.absolute().name, "training": [_entry(case, root) for case in cases]}
         items = {"training": cases}
     if settings is None:
-        return _Found(content, items, root)
+        return _Found(content, items, root, problems=problems)
     training = items["training"]
     if not items.get("validation"):
         try:
@@ -174,6 +187,8 @@ def _bundle_lines(found: _Found, scans: list[Scan], settings: dict[str, Any]) ->
     absent = absent_classes(trained, settings["classes"])
     if absent:
         lines.append(("WARNING", f"no training case holds {', '.join(absent)}: this cannot be learnt"))
+    if hint := other_year_of_brats(scans, settings["classes"]):
+        lines.append(("WARNING", hint))
     return [f"{name:11}{text}" for name, text in lines]
 
 

@@ -33,6 +33,7 @@ Case = dict[str, Any]  # {"image": path, or a list with one path per channel; "l
 
 SECTIONS = ("training", "validation", "test")
 NIFTI = (".nii", ".nii.gz")
+SAME_CHANNEL = (("t1", "t1n"), ("t1ce", "t1c", "t1gd"), ("t2", "t2w"), ("flair", "t2f"))  # names in BraTS, by year
 SEGMENTATION = re.compile(r"[_-]segm?$", re.IGNORECASE)  # Segm: one case of BraTS 2020
 
 
@@ -160,20 +161,31 @@ def _kinds(parts: Sequence[str]) -> str:
 def _by_modality(
     paths: Iterable[Path], modalities: Sequence[str]
 ) -> tuple[dict[Path, dict[str, list[Path]]], list[Path]]:
-    """Group files by the part of their name before the modality, as in `X_t1`.
+    """Group files by the part of their name before the modality, as in `X_t1`, or its name in another year of BraTS.
 
     Returns:
         Path of the group (`folder/X`) → modality → files; and the files whose names end in no modality.
     """
     groups: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     rest = []
-    endings = "|".join(map(re.escape, sorted(modalities, key=len, reverse=True)))
+    meaning = {other: name for name in modalities for other in _other_names(name) if other not in modalities}
+    meaning |= {name: name for name in modalities}
+    endings = "|".join(map(re.escape, sorted(meaning, key=len, reverse=True)))
+    renamed = set()
     for path in paths:
         if match := re.fullmatch(rf"(.+?)[_-]({endings})", stem_of(path)):
-            groups[path.parent / match[1]][match[2]].append(path)
+            groups[path.parent / match[1]][meaning[match[2]]].append(path)
+            renamed |= {match[2]} - {meaning[match[2]]}
         else:
             rest.append(path)
+    if renamed:
+        said = ", ".join(f"{other} as {meaning[other]}" for other in sorted(renamed))
+        logger.warning("channels are named as in another year of BraTS: %s", said)
     return groups, rest
+
+
+def _other_names(modality: str) -> Sequence[str]:
+    return next((names for names in SAME_CHANNEL if modality in names), ())
 
 
 def _pair_msd(root: Path, modalities: Sequence[str] | None) -> Pairing:
@@ -248,27 +260,40 @@ def find_inference_scans(
     Raises:
         ScanError: there is no scan, the data list is not readable, or channels of a scan are missing.
     """
+    found = pair_inference_scans(dataset_dir, datalist, modalities, dicom_series)
     if datalist:
-        scans = read_datalist(datalist, dataset_dir, "test")
+        read_datalist(datalist, dataset_dir, "test")  # names the files that do not exist
+    if found.problems:
+        listed = "\n".join(f"  {problem}" for problem in found.problems)
+        raise ScanError(f"dataset_dir: {dataset_dir}: {len(found.problems)} problem(s) with its scans:\n{listed}")
+    return found.cases
+
+
+def pair_inference_scans(
+    dataset_dir: str, datalist: str | None, modalities: Sequence[str] | None = None, dicom_series: str = "refuse"
+) -> Pairing:
+    """Do as `find_inference_scans`, but return the problems with files."""
+    if datalist:
+        scans = datalist_items(datalist, dataset_dir, "test")
         if not scans:
             raise ScanError(f"{datalist}: found no scan in the section 'test', expected at least one")
-        return name_outputs(scans)
-    scans = _scans_of_modalities(dataset_dir, modalities) if modalities else find_scans(dataset_dir, dicom_series)
-    return name_outputs(scans, output_root(dataset_dir))
+        return Pairing(name_outputs(scans))
+    found = _combine_channels(dataset_dir, modalities) if modalities else Pairing(find_scans(dataset_dir, dicom_series))
+    return Pairing(name_outputs(found.cases, output_root(dataset_dir)), found.problems)
 
 
-def _scans_of_modalities(dataset_dir: str, modalities: Sequence[str]) -> list[dict[str, Any]]:
+def _combine_channels(dataset_dir: str, modalities: Sequence[str]) -> Pairing:
     paths = [Path(path) for path in scan_paths(dataset_dir) if not SEGMENTATION.search(stem_of(path))]
     groups, rest = _by_modality(paths, modalities)
-    problems = []
+    found = Pairing([{"image": str(path)} for path in rest])
     for case, parts in groups.items():
         missing = [modality for modality in modalities if modality not in parts]
+        twice = [_ambiguous(files) for files in parts.values() if len(files) > 1]
+        found.problems.extend(twice)
         if missing:
-            found = ", ".join(path.name for files in parts.values() for path in files)
-            problems.append(f"{case} has no {_kinds(missing)}: found {found}, expected all of {', '.join(modalities)}")
-        problems.extend(_ambiguous(files) for files in parts.values() if len(files) > 1)
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ScanError(f"dataset_dir: {dataset_dir}: {len(problems)} problem(s) with its scans:\n{listed}")
-    scans = [{"image": [str(parts[modality][0]) for modality in modalities]} for parts in groups.values()]
-    return sorted([*scans, *({"image": str(path)} for path in rest)], key=paths_of)
+            names = ", ".join(path.name for files in parts.values() for path in files)
+            expected = f"expected all of {', '.join(modalities)}"
+            found.problems.append(f"{case} has no {_kinds(missing)}: found {names}, {expected}")
+        elif not twice:
+            found.cases.append({"image": [str(parts[modality][0]) for modality in modalities]})
+    return Pairing(sorted(found.cases, key=paths_of), found.problems)

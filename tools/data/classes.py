@@ -75,6 +75,17 @@ def absent_classes(scans: Iterable[Scan], classes: Classes) -> list[str]:
     return [name for name, values in classes.items() if present.isdisjoint(values)]
 
 
+def other_year_of_brats(scans: Iterable[Scan], classes: Classes) -> str | None:
+    """Say it if labels are refused because enhancing tumour has the value of another year of BraTS; else None."""
+    for own, other in ((4, 3), (3, 4)):
+        refused = any(f"unknown label values: found {other} (" in (scan.problem or "") for scan in scans)
+        if refused and label_values(classes) == [1, 2, own]:
+            theirs = {name: [other if value == own else value for value in values] for name, values in classes.items()}
+            text = str(theirs).replace(" ", "")
+            return f'enhancing tumour is 4 in BraTS until 2021 and 3 since 2023: for these labels, --classes "{text}"'
+    return None
+
+
 def class_text(classes: Classes) -> str:
     """Format the classes with their label values."""
     return ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in classes.items())

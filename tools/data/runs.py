@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 
 from tools.common.text import first_lines, parse_bool
-from tools.data.cases import SECTIONS, Case, find_cases
+from tools.data.cases import SECTIONS, Case, find_cases, find_inference_scans, pair_inference_scans
 from tools.data.datalists import datalist_items, read_datalist
 from tools.data.hounsfield import doubtful_values
 from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans
-from tools.data.scans import ScanError, find_scans, paths_of
+from tools.data.scans import ScanError, find_scans, paths_of, root_of
 from tools.data.splits import label_subset, sort_cases, split_by_layout, split_scans
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,53 @@ def _usable(
     scans = _inspect(items, channels, workers, remember, None, max_scan_gb)
     usable = [item for item, scan in zip(items, scans, strict=True) if scan.problem is None]
     return usable, [scan for scan in scans if scan.problem is not None]
+
+
+@dataclass
+class InferenceScans:
+    """The scans to segment, with the names of their results, as in `find_inference_scans`; found when first needed.
+
+    Attributes:
+        dataset_dir: folder of scans, or base folder of the paths in the data list.
+        datalist: JSON file whose `test` scans are used, or None.
+        modalities: names of the channels in order, if each has a separate file.
+        channels: number of channels that each scan must have.
+        skip_unreadable: whether to read all scans when they are found, and to leave the unusable ones out.
+        workers: number of processes that read scans.
+        remember: JSON file with the results of earlier checks.
+        dicom_series: what is done with a folder of several DICOM series, as in `find_scans`.
+        max_scan_gb: the largest file that is read, by its voxels.
+        left_out: the unusable scans, each with the reason.
+    """
+
+    dataset_dir: str
+    datalist: str | None
+    modalities: Sequence[str] | None
+    channels: int
+    skip_unreadable: bool
+    workers: int
+    remember: str
+    dicom_series: str = "refuse"
+    max_scan_gb: float = MAX_SCAN_GB
+    left_out: list[str] = field(default_factory=list, init=False)
+
+    @cached_property
+    def usable(self) -> list[dict[str, Any]]:
+        """The scans.
+
+        Raises:
+            ScanError: there is no usable scan, the data list is not readable, or, without `skip_unreadable`, channels
+                of a scan are missing.
+        """
+        where = self.dataset_dir, self.datalist, self.modalities, self.dicom_series
+        if not parse_bool(self.skip_unreadable):
+            return find_inference_scans(*where)
+        found = pair_inference_scans(*where)
+        usable, bad = _usable(found.cases, self.channels, self.workers, self.remember, self.max_scan_gb)
+        self.left_out = [*found.problems, *(f"{scan.name}: {scan.problem}" for scan in bad)]
+        if not usable:
+            raise ScanError(f"none of {len(self.left_out)} scans can be used:\n{first_lines(self.left_out)}")
+        return usable
 
 
 @dataclass(frozen=True)
@@ -209,10 +258,9 @@ def require_usable(
     if bad:
         listed = first_lines(f"{scan.name}: {scan.problem}" for scan in bad)
         way_out = (
-            "`python -m tools check` lists all and writes a data list without them; "
-            "`--skip_unreadable true` trains without them"
-            if label_values is None
-            else "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
+            "`python -m tools check --bundle BUNDLE` lists all and writes a data list without them"
+            if any("label" in item for item in items)
+            else f"`{_check_command(items, channels)}` lists all; `--skip_unreadable true` goes on without them"
         )
         raise ScanError(f"{len(bad)} of {len(scans)} scans cannot be used:\n{listed}\n{way_out}")
     _warn_of_doubts(scans)
@@ -220,6 +268,13 @@ def require_usable(
         for line in doubtful_values(scans):
             logger.warning("%s", line)
     return scans
+
+
+def _check_command(items: Sequence[dict[str, Any]], channels: int) -> str:
+    """Command that checks scans without labels; where each channel has a file, it reads each as a scan."""
+    own = channels if len(paths_of(items[0])) == 1 else 1
+    folder = shlex.quote(root_of(items))
+    return f"python -m tools check --dataset_dir {folder}" + (f" --channels {own}" if own > 1 else "")
 
 
 def _warn_of_doubts(scans: Sequence[Scan]) -> None:

@@ -10,6 +10,8 @@ from tools.common.windows import require_roi
 from tools.data.classes import Classes, class_text, label_values
 from tools.data.runs import channel_lines, require_usable
 
+LEFT_OUT = 3  # exit status of a run that did everything but the scans that it left out
+
 
 def start_inference(
     items: list[dict[str, Any]],
@@ -53,3 +55,14 @@ def start_inference(
             ("weights", str(ckpt_path)),
         ]
     )
+
+
+def end_without(left_out: Sequence[str]) -> None:
+    """List the scans that were left out; the last step of a run.
+
+    Raises:
+        SystemExit: status `LEFT_OUT`, if there is one.
+    """
+    if left_out:
+        print(f"left out, because they cannot be used: {len(left_out)}", *left_out, sep="\n  ", flush=True)
+        raise SystemExit(LEFT_OUT)

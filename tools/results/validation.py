@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tools.results.figures import segmentation_figure
 
 class ClassDice:
     """Adds `dice_<class>` to the validator's metrics: the mean over the cases that contain the class.
+
+    If no case contains any class, `mean_dice` becomes NaN: MONAI's mean over nothing is 0.
 
     Args:
         names: class names, in the order of the channels of `mean_dice`.
@@ -33,6 +36,8 @@ class ClassDice:
         dice = validator.state.metric_details["mean_dice"]  # [cases, K]
         means = dice.double().nanmean(0).tolist()
         validator.state.metrics.update({f"dice_{name}": mean for name, mean in zip(self.names, means, strict=True)})
+        if dice.isnan().all():
+            validator.state.metrics["mean_dice"] = math.nan
 
 
 class SegmentationFigure:

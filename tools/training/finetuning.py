@@ -146,7 +146,7 @@ def start_finetuning(
             *scan_lines(scans[: len(training)], scans[len(training) :], []),
             *channel_lines(training[0], modalities),
             ("labels", f"{_share_text(label_fraction)}; {class_text(classes)}"),
-            *_warnings(scans[: len(training)], classes),
+            *_warnings(scans[: len(training)], scans[len(training) :], classes),
             ("crops", f"{size_text(roi_size)}, {crops} in a batch of each of {world_size} process(es)"),
             (
                 "network",
@@ -166,6 +166,13 @@ def _share_text(fraction: float) -> str:
     return "all training cases" if fraction == 1 else f"{fraction:g} of the training cases"
 
 
-def _warnings(scans: Sequence[Scan], classes: Classes) -> list[tuple[str, str]]:
-    absent = absent_classes(scans, classes)
-    return [("WARNING", f"no training case holds {', '.join(absent)}: this cannot be learnt")] if absent else []
+def _warnings(training: Sequence[Scan], validation: Sequence[Scan], classes: Classes) -> list[tuple[str, str]]:
+    lines = []
+    if absent := absent_classes(training, classes):
+        lines.append(f"no training case holds {', '.join(absent)}: this cannot be learnt")
+    without = [scan.name for scan in validation if len(absent_classes([scan], classes)) == len(classes)]
+    if len(without) == len(validation):
+        lines.append("no validation case holds any class: there is no Dice, and model.pt is that of the last epoch")
+    elif without:
+        lines.append(f"{len(without)} validation case(s) without any class do not count (first: {without[0]})")
+    return [("WARNING", line) for line in lines]

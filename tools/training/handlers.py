@@ -282,9 +282,10 @@ class BestWeights:
         """Compare, and write if better (rank 0 only)."""
         value = validator.state.metrics[self.metric]
         better = value < self.best if self.lower_is_better else value > self.best
-        if not better:  # nor if it is not a number
-            return
-        self.best = value
+        if better:
+            self.best = value
+        elif math.isfinite(self.best) or not math.isnan(value):
+            return  # NaN is not better, but as long as no validation can be compared, the newest weights are kept
         if idist.get_rank() > 0:
             return
         for name, module in self.weights.items():

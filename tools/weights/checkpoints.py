@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from tools.common.text import bytes_text
 
 # keys of the weights in training checkpoints: ours and MONAI's, most others, nnU-Net, and self-distillation
 CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
+LARGEST_EXPANSION = 20  # of a file; torch does not compress, and a re-packed file of weights shrinks little
 
 
 class WeightsError(ValueError):
@@ -35,20 +40,23 @@ def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such checkpoint")
+        raise WeightsError(f"{path}: {'is a folder' if path.is_dir() else 'no such checkpoint'}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        _check_expansion(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on old formats
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # of any kind, by a damaged file
         # without torch's text, which is long and recommends to load the file anyway
-        raise WeightsError(
-            f"{path}: not a checkpoint that torch.load(weights_only=True) can read ({type(error).__name__})"
-        ) from error
+        raise WeightsError(f"{path}: {_unreadable(path, error)}") from error
     if _is_state(content):
-        return None, dict(content)
+        return None, _sound(path, content)
     keys = content if isinstance(content, Mapping) else {}
     for key in CONTAINERS:
         if _is_state(keys.get(key)):
-            return key, dict(keys[key])
+            return key, _sound(path, keys[key])
     listed = f" with the keys {_some([str(key) for key in keys])}" if keys else ""
     raise WeightsError(
         f"{path}: expected a state dict (or one under the key {', '.join(f'`{key}`' for key in CONTAINERS)}), "
@@ -56,8 +64,57 @@ def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
     )
 
 
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why torch cannot read a file, and what to do about it."""
+    foreign: list[str] = []
+    with suppress(Exception):  # the same damage
+        foreign = sorted(get_unsafe_globals_in_checkpoint(path))
+    if not foreign:
+        return f"not a checkpoint that torch.load(weights_only=True) can read ({type(error).__name__})"
+    return (
+        f"holds Python objects beside its weights ({_some(foreign)}), which could run code when they are loaded. "
+        "If you trust the file, save its weights alone, where the package of these objects is installed: "
+        "`content = torch.load(PATH, weights_only=False, map_location='cpu'); torch.save(content['state_dict'], NEW)` "
+        "(in place of `state_dict`, the key of its weights; for a whole network, `content.state_dict()`)"
+    )
+
+
+def _check_expansion(path: Path) -> None:
+    """Refuse an archive that claims to unpack to many times its size."""
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > LARGEST_EXPANSION * path.stat().st_size:
+            raise WeightsError(
+                f"{path}: found an archive of {bytes_text(path.stat().st_size)} that unpacks to {bytes_text(claimed)}, "
+                "expected a checkpoint, which is hardly compressed"
+            )
+
+
 def _is_state(content: object) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+    )
+
+
+def _sound(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of plain tensors that are in the file."""
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
+        if not plain or tensor.device.type != "cpu" or tensor.is_nested:
+            raise WeightsError(
+                f"{path}: {name} is no plain tensor of real numbers (found {tensor.dtype}, {tensor.layout}, "
+                f"{tensor.device.type}), expected one"
+            )
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > LARGEST_EXPANSION * path.stat().st_size:
+        raise WeightsError(
+            f"{path}: found tensors of {bytes_text(claimed)} in a file of {bytes_text(path.stat().st_size)}, expected "
+            "their values in the file"
+        )
+    return dict(state)
 
 
 def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
@@ -124,6 +181,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     ):
         if any(part in name for name in state):
             stem = next((tensor for name, tensor in state.items() if name.endswith(first)), None)
+            kind += " v2" * (kind.endswith("SwinUNETR") and any("layers1c." in name for name in state))
             size = "" if stem is None else f" with {stem.shape[1]} input channel(s) and {stem.shape[0]} features"
             return kind + size
     return "another network"

@@ -55,6 +55,11 @@ LEVELS = (
 ENCODER = {module for levels in LEVELS for module, level in levels.items() if level == 0}
 OUTPUT = {"final_conv", "out"}
 
+# Names of the encoder's stages: what a file has of them, and the network lacks, changes every feature after it.
+STAGES = re.compile(
+    r"(swinViT\.(layers\d+c?|patch_embed)|vit\.(blocks\.\d+|patch_embedding)|conv_\d+|down_\d+)"
+    r"\.(?!(norm_)?cross_attn)"  # which MONAI 1.5 has and does not use
+)
 ALONE = ("swinViT.", "vit.")  # prefixes that files of a published encoder lack
 INPUT_CONVOLUTIONS = (
     "conv_0.conv_0.conv.weight",
@@ -64,6 +69,7 @@ INPUT_CONVOLUTIONS = (
     "encoder1.layer.conv3.conv.weight",
 )
 POSITIONS = "vit.patch_embedding.position_embeddings"  # [1, tokens, E]; the last axis of the image runs fastest
+OTHER_SHAPE = "shape"  # first word of the reason
 TOKEN = 16  # voxels of a UNETR's token, along each axis
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -278,13 +284,19 @@ def _plan(
     """Return the tensors to load, and the report; loads nothing yet.
 
     Raises:
-        WeightsError: the file is not readable, has values that are not finite, or its position embeddings are of
-            another or an unknown crop.
+        WeightsError: the file is not readable, has values that are not finite or an encoder of other depth, or its
+            position embeddings are of another or an unknown crop.
     """
     _, found = read_checkpoint(path)
     expected = network.state_dict()
     match = match_names(found, expected)
     names = match.names
+    if match.lacking:
+        raise WeightsError(
+            f"{path} looks like {describe(found)}; {len(match.lacking)} tensors of its encoder are not in this network "
+            f"({_listed(dict(Counter(_short(name, match.prefix) for name in match.lacking)))}), so that its features "
+            "would be others: expected the same depth and version (SwinUNETR v2: `--swin_use_v2 true`)"
+        )
     for old in names.values():
         _check_finite(path, old, found[old])
     weights, fates, levels = {}, [], _levels(network)
@@ -334,7 +346,7 @@ def _fitted(name: str, tensor: Tensor, shape: torch.Size) -> tuple[Tensor | None
             return tensor.repeat(repeats) / (new // old), f"{times}: repeated, divided by {new // old}"
         if old % new == 0:
             return tensor.unflatten(1, (old // new, new)).sum(dim=1), f"{times}: summed"
-    return None, f"shape {list(tensor.shape)} in the file, {list(shape)} in the network"
+    return None, f"{OTHER_SHAPE} {list(tensor.shape)} in the file, {list(shape)} in the network"
 
 
 def _grid(where: str, tokens: int, grid: Grid, roi_size: Sequence[int] | None) -> Grid:
@@ -405,6 +417,15 @@ def _require(report: TransferReport, min_fraction: float) -> None:
         WeightsError: too few tensors can be filled; the message lists the others with the reasons.
     """
     if report.filled and report.filled >= min_fraction * report.asked:
+        other = [
+            t for t in report.tensors if is_encoder(t.name) and t.why.startswith(OTHER_SHAPE) and t.fate == "left out"
+        ]
+        other = [t for t in other if t.name not in INPUT_CONVOLUTIONS]
+        if other:
+            raise WeightsError(
+                f"{report.source}; {len(other)} tensors of its encoder have another shape ({other[0].name}: "
+                f"{other[0].why}), so that its features would be others: expected the same widths and heads"
+            )
         return
     missing = [tensor for tensor in report.tensors if tensor.asked and tensor.fate == "left out"]
     listed = "".join(f"\n  {tensor.name}: {tensor.why}" for tensor in missing[:10])
@@ -438,11 +459,13 @@ class Match:
         prefix: prefix of the names in the file.
         stands_for: prefix in the network that it replaces: empty, `swinViT.` or `vit.`.
         names: name in the network → name in the file, for the tensors that the file has.
+        lacking: names in the file of tensors of the encoder's stages that the network does not have.
     """
 
     prefix: str
     stands_for: str
     names: dict[str, str]
+    lacking: Sequence[str] = ()
 
 
 def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
@@ -465,7 +488,10 @@ def match_names(found: Iterable[str], expected: Collection[str]) -> Match:
         return Match("", "", {})
     prefix, added = votes.most_common(1)[0][0]
     names = {added + name.removeprefix(prefix): old for name, old in spelled.items() if name.startswith(prefix)}
-    return Match(prefix, added, {name: old for name, old in names.items() if name in expected})
+    kinds = {_module(name).rstrip("0123456789") for name in expected}
+    unknown = {name: old for name, old in names.items() if name not in expected and STAGES.match(name)}
+    lacking = [old for name, old in unknown.items() if _module(name).rstrip("0123456789") in kinds]
+    return Match(prefix, added, {name: old for name, old in names.items() if name in expected}, lacking)
 
 
 def _spelled(name: str) -> str:

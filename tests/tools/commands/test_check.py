@@ -267,3 +267,28 @@ def test_a_header_that_contradicts_itself_is_said_in_mm(tmp_path, capsys):
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     moved = tmp_path / "moved.nii"
     assert warnings == [f"WARNING    {moved}: its sform (used) and its qform are up to 12 mm apart"]
+
+
+def test_brats_of_another_year(tmp_path, capsys):
+    """Its channels have other names, and its enhancing tumour is 3."""
+    for name in ("a", "b"):
+        for channel, part in enumerate(("t1n", "t1c", "t2w", "t2f")):
+            write(tmp_path / f"data/{name}/{name}-{part}.nii.gz", seed=channel)
+        write_label(tmp_path / f"data/{name}/{name}-seg.nii.gz", (0, 1, 2, 3))
+    settings = bundle(tmp_path, "brats", "{TC: [1, 4], WT: [1, 2, 4], ET: [4]}", 4, "[t1, t1ce, t2, flair]")
+    last = fails(capsys, str(tmp_path / "data"), bundle=settings)[-1]
+    assert last.startswith("WARNING    enhancing tumour is 4 in BraTS until 2021 and 3 since 2023")
+    classes = json.loads(last.partition('--classes "')[2].rstrip('"').replace("'", '"'))
+    assert classes == {"TC": [1, 3], "WT": [1, 2, 3], "ET": [3]}
+    check(str(tmp_path / "data"), bundle=settings, workers=0, classes=classes, modalities=["t1n", "t1c", "t2w", "t2f"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "scans      2 readable, 0 unreadable" and "values 0, 1, 2, 3" in lines[4]
+
+
+def test_channel_files_without_labels(tmp_path, capsys):
+    for part in ("t1", "t2"):
+        write(tmp_path / f"a_{part}.nii.gz", seed=len(part))
+    write(tmp_path / "b_t1.nii.gz")
+    lines = fails(capsys, str(tmp_path), modalities=["t1", "t2"])
+    assert lines[0].startswith(f"{tmp_path}/b has no t2: found b_t1.nii.gz")
+    assert lines[1] == "scans      1 readable, 0 unreadable"

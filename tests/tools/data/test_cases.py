@@ -6,15 +6,17 @@ import json
 import logging
 import os
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from image_files import write_nifti
 from tools.data.cases import find_cases, find_inference_scans, pair_cases
 from tools.data.classes import absent_classes
 from tools.data.inspection import Scan
-from tools.data.runs import TrainingCases, find_training_cases
+from tools.data.runs import InferenceScans, TrainingCases, find_training_cases
 from tools.data.scans import ScanError
 from tools.data.splits import BTCV_VALIDATION, btcv_split, label_subset, split_by_layout, split_cases
 from tools.samples.sample_data import sample_data
@@ -147,6 +149,18 @@ def test_brats_leaves_out_the_validation_set(tmp_path, caplog):
     assert f"{tmp_path}/Validation: 2 scans without labels are left out" in caplog.text
     with pytest.raises(ScanError, match=r"found no labelled case but BraTS.*_007/, BraTS.*_008/ in .*_seg\.nii\.gz"):
         find_cases(tmp_path / "Validation", "brats", MODALITIES)
+
+
+@pytest.mark.parametrize("modalities", [MODALITIES, ["t1n", "t1c", "t2w", "t2f"]])
+def test_channels_are_known_by_their_names_of_other_years(tmp_path, caplog, modalities):
+    for names in (("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f")):
+        case = f"BraTS-{names[0]}-000"
+        touch(tmp_path, *(f"{case}/{case}-{part}.nii.gz" for part in (*names, "seg")))
+    for cases in (find_cases(tmp_path, "brats", modalities), find_inference_scans(str(tmp_path), None, modalities)):
+        endings = [[re.search(r"-(\w+)\.nii", path)[1] for path in case["image"]] for case in cases]
+        assert endings == [["t1", "t1ce", "t2", "flair"], ["t1n", "t1c", "t2w", "t2f"]]
+    own = "t1n as t1" if modalities == MODALITIES else "t1 as t1n"
+    assert "channels are named as in another year of BraTS: " in caplog.text and own in caplog.text
 
 
 def test_brats_wants_modalities(tmp_path):
@@ -440,6 +454,23 @@ def test_scans_without_all_channels_are_named(tmp_path):
     _, first, second = str(error.value).split("\n")
     assert "Training_002 has no t1: found" in first
     assert "Training_003 has no t2 and no flair: found" in second
+
+
+def test_incomplete_scans_and_missing_files_are_left_out_if_asked(tmp_path):
+    brats_case(tmp_path, 1, "t1")
+    for modality in MODALITIES:
+        write_nifti(tmp_path / f"whole_{modality}.nii.gz")
+    scans = InferenceScans(str(tmp_path), None, MODALITIES, 4, "true", 0, str(tmp_path / "seen.json"))
+    assert scans.left_out == []  # not searched for yet
+    assert [scan["output"] for scan in scans.usable] == ["whole_t1"]
+    assert len(scans.left_out) == 1 and "has no t1: found" in scans.left_out[0]
+    path = write_json(tmp_path / "list.json", {"test": ["whole_t1.nii.gz", "gone.nii"]})
+    scans = InferenceScans(str(tmp_path), str(path), None, 1, True, 0, str(tmp_path / "seen.json"))
+    assert [scan["output"] for scan in scans.usable] == ["whole_t1"]
+    assert scans.left_out == [f"{tmp_path}/gone.nii: does not exist"]
+    path = write_json(tmp_path / "list.json", {"test": ["gone.nii"]})
+    with pytest.raises(ScanError, match=r"none of 1 scans can be used:\n.*gone\.nii: does not exist"):
+        _ = InferenceScans(str(tmp_path), str(path), None, 1, True, 0, str(tmp_path / "seen.json")).usable
 
 
 def test_the_test_scans_of_a_datalist_are_segmented(listed_set):

@@ -240,7 +240,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("lower_is_better", "values", "kept"),
-    [(False, [0.5, 0.7, 0.6, float("nan")], [0, 1, 1, 1]), (True, [3.0, 2.0, float("nan"), 2.5], [0, 1, 1, 1])],
+    [
+        (False, [0.5, 0.7, 0.6, float("nan")], [0, 1, 1, 1]),
+        (True, [3.0, 2.0, float("nan"), 2.5], [0, 1, 1, 1]),
+        (False, [float("nan"), float("nan"), 0.2, float("nan")], [0, 1, 2, 2]),  # the newest, as long as none is best
+    ],
 )
 def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
     network, validator = torch.nn.Linear(1, 1), Engine(lambda *_: None)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import pathlib
+import re
+from zipfile import ZIP_DEFLATED, ZipFile
+
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import UNETR, BasicUNet, MaskedAutoEncoderViT, SwinUNETR, ViT
@@ -86,6 +92,87 @@ def test_files_without_weights_are_refused(tmp_path, content, message):
     with pytest.raises(WeightsError, match=message) as error:
         read_weights(path)
     assert str(path) in str(error.value)
+
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (argparse.Namespace(lr=1e-4), "argparse.Namespace"),
+        (pathlib.PurePosixPath("/x"), "pathlib.PurePosixPath"),
+        (np.float64(0.8), "numpy"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_objects_beside_the_weights_are_named_with_a_way_to_save_the_weights_alone(tmp_path, other, named):
+    torch.save({"state_dict": WEIGHTS, "other": other}, tmp_path / "old.pt")
+    with pytest.raises(WeightsError, match="holds Python objects beside its weights") as error:
+        read_weights(tmp_path / "old.pt")
+    assert named in str(error.value)
+    way_out = re.search(r"`(content = .*?)`", str(error.value))[1]
+    exec(way_out, {"torch": torch, "PATH": tmp_path / "old.pt", "NEW": tmp_path / "new.pt"})
+    assert read_weights(tmp_path / "new.pt").keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**WEIGHTS, "b": torch.zeros(1).expand(10**12)}, "found tensors of .* in a file of"),
+        ({**WEIGHTS, "b": torch.zeros(3, 3).to_sparse()}, "b is no plain tensor of real numbers .*sparse"),
+        ({**WEIGHTS, "b": torch.zeros(3, device="meta")}, "b is no plain tensor of real numbers .*meta"),
+        ({**WEIGHTS, "b": torch.zeros(3, dtype=torch.complex64)}, "b is no plain tensor of real numbers .*complex64"),
+        ({0: torch.zeros(1)}, "expected a state dict"),
+    ],
+)
+def test_tensors_that_no_network_has_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=message):
+        read_weights(tmp_path / "model.pt")
+
+
+def test_an_archive_of_absurd_expansion_is_refused_before_it_is_unpacked(tmp_path):
+    with ZipFile(tmp_path / "model.pt", "w", ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", bytes(10_000_000))
+    with pytest.raises(WeightsError, match=r"found an archive of .* kB that unpacks to 10 MB"):
+        read_weights(tmp_path / "model.pt")
+
+
+def mutated(content, seed):
+    """A checkpoint with a few bytes changed, cut, doubled or inserted."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(content)
+    for _ in range(int(rng.integers(1, 6))):
+        where, size = int(rng.integers(len(data))), int(rng.integers(1, 40))
+        kind = rng.integers(4)
+        if kind == 0:
+            data[where] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[where : where + size] = bytes(size)
+        elif kind == 2:
+            data[where:where] = rng.bytes(size)
+        else:
+            del data[where : where + size]
+    return bytes(data) or b"x"
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_damaged_checkpoint_is_read_or_refused_by_name(tmp_path, legacy):
+    """600 in all: no error of a library."""
+    content = {"epoch": 3, "model": BasicUNet(3, features=(1, 1, 1, 1, 1, 1)).state_dict(), "optimizer": {"lr": 1.0}}
+    torch.save(content, tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy)
+    whole, path, refused = (tmp_path / "whole.pt").read_bytes(), tmp_path / "model.pt", 0
+    for seed in range(300):
+        path.write_bytes(mutated(whole, seed))
+        try:
+            state = read_weights(path)
+        except WeightsError as error:
+            assert str(error).startswith(f"{path}: "), seed
+            refused += 1
+        else:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in state.values()), seed
+    assert refused > 30
 
 
 def test_truth_reads_what_the_command_line_gives():

@@ -431,6 +431,54 @@ def test_a_vit_of_another_width_is_refused_for_that_reason(tmp_path):
         load_pretrained(unetr(), path)
 
 
+def swin_with(**options):
+    return SwinUNETR(1, 2, feature_size=12, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: swin_with(use_v2=True),
+            "SwinUNETR v2 .*8 tensors of its encoder are not in this network",
+        ),
+        (lambda: swin_with(depths=(2, 2, 4, 2)), "28 tensors of its encoder are not in this network .*layers3"),
+        (
+            lambda: swin_with(num_heads=(3, 6, 12, 12)),
+            "tensors of its encoder have another shape .*relative_position",
+        ),
+    ],
+    ids=["v2", "depth", "heads"],
+)
+def test_an_encoder_that_computes_something_else_is_refused(tmp_path, make, words):
+    """Almost all of its tensors fit, so that it would count as filled."""
+    network = swin()
+    before = copied(network)
+    for state in (prefixed("module.", make().state_dict()), published_swin(make())["state_dict"]):
+        with pytest.raises(WeightsError, match=words):
+            load_pretrained(network, saved(tmp_path / "weights.pt", state), min_fraction=0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_v2_fills_a_network_of_its_kind(tmp_path):
+    source, network = swin_with(use_v2=True), swin_with(use_v2=True)
+    report = load_pretrained(network, saved(tmp_path / "weights.pt", source.state_dict())).report
+    assert report.filled == report.asked == 134
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.swinViT.parameters(), network.swinViT.parameters(), strict=True)
+    )
+
+
+def test_a_deeper_unet_or_vit_is_refused(tmp_path):
+    deep = ViT(1, (32, 48, 32), 16, 24, 24, num_layers=13, num_heads=2).state_dict()
+    with pytest.raises(WeightsError, match="tensors of its encoder are not in this network"):
+        load_pretrained(unetr(), saved(tmp_path / "weights.pt", deep))
+    state = unet().state_dict()
+    more = {name.replace("down_4", "down_5"): tensor for name, tensor in state.items() if "down_4" in name}
+    with pytest.raises(WeightsError, match="tensors of its encoder are not in this network"):
+        load_pretrained(unet(), saved(tmp_path / "weights.pt", {**state, **more}))
+
+
 def test_min_fraction(tmp_path):
     state = dict(list(unet().state_dict().items())[:30])  # of the encoder's 40
     path = saved(tmp_path / "weights.pt", state)

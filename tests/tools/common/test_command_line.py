@@ -1,0 +1,84 @@
+"""Folders of any name on the command line: of `python -m tools`, and of `python -m monai.bundle run`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import fire
+import pytest
+from monai.bundle import scripts
+
+from image_files import write_nifti
+from tools.commands.check import check
+from tools.common.command_line import keep_text
+from tools.common.errors import root_cause
+
+BUNDLE = Path(__file__).resolve().parents[3] / "bundles/hybridmim_btcv_seg"
+READ_AS = {  # what Fire makes of a name
+    "2023_01": "the int 202301",
+    "1.10": "the float 1.1",
+    "1e3": "the float 1000.0",
+    "a,b": "the tuple ('a', 'b')",
+    "True": "the bool True",
+    "[x]": "the list ['x']",
+    "{a}": "the set {'a'}",
+}
+PLAIN = ("007", "50%", "a b", "a$b", "a@b", "it's", "CT-2.5")
+SIGNS = ("$x", "@x", "None", "a#b", "%x")
+
+
+@pytest.mark.parametrize("name", [*READ_AS, *PLAIN, *SIGNS])
+def test_our_commands_take_every_name(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / name).mkdir()
+    write_nifti(tmp_path / name / "a.nii")
+    monkeypatch.chdir(tmp_path)
+    fire.Fire(keep_text({"check": check}), command=["check", "--dataset_dir", name, "--workers", "0"])
+    assert capsys.readouterr().out.startswith("scans      1 readable")
+
+
+@pytest.fixture
+def error_of(tmp_path, monkeypatch):
+    """What the start of a run says about a folder of this name; None if it is read as it was typed."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def run(typed, folder=None):
+        if folder is not None:
+            (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path)
+        line = ["run", "path", "--config_file", f"{BUNDLE}/configs/inference.yaml", "--bundle_root", str(BUNDLE)]
+        line += ["--logging_file", "False", "--dataset_dir", typed]
+        monkeypatch.setattr(sys, "argv", ["monai.bundle", *line])
+        try:
+            fire.Fire({"run": scripts.run}, command=line)
+        except Exception as error:
+            return str(root_cause(error))
+        return None
+
+    return run
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_bundles_take_most_names(error_of, name):
+    assert error_of(name, name) is None
+
+
+@pytest.mark.parametrize("name", READ_AS)
+def test_bundles_say_how_to_write_a_name_that_is_no_text_for_fire(error_of, name):
+    expected = f"dataset_dir: found {name}, which is read as {READ_AS[name]}, expected a path: write ./{name}"
+    assert error_of(name, name) == expected
+    assert error_of(f"./{name}") is None
+
+
+@pytest.mark.parametrize("name", ["$x", "@x", "None"])
+def test_bundles_say_how_to_write_a_name_that_is_a_sign_of_a_config(error_of, name):
+    assert error_of(name, name) == f"dataset_dir: found {name}, which is not read as a path, expected ./{name}"
+    assert error_of(f"./{name}") is None
+
+
+def test_bundles_say_how_to_write_a_hash(error_of):
+    said = error_of("a#b", "a#b")
+    assert said.startswith("dataset_dir: found a#b, in which the config parser reads # as ::")
+    expression = re.search(r'the expression "\\(.*)"$', said)[1]
+    assert expression == r"$'a\x23b'" and error_of(expression) is None
