@@ -190,9 +190,12 @@ def series_in(folder: Path) -> tuple[list[Series], Counter[str]]:
         turns = {str(mate.get("ImageOrientationPatient")) for mate in mates.values()}
         if "Rows" in header and str(header.get("ImageOrientationPatient")) in turns:
             mates[path] = objects.pop(path)  # a slice that is said to be something else
-    kinds = {header.get("SOPClassUID") for one in series.values() for header in one.values()}
+    kinds = {header.get("SOPClassUID") for one in series.values() for header in one.values() if "Rows" in header}
     for path, header in objects.items():
-        if "Rows" not in header and header.get("SOPClassUID") in kinds:  # cut before its pixels, or damaged
+        own = "SeriesInstanceUID" in header and series_name(header) not in series
+        if "Rows" not in header and (
+            header.get("SOPClassUID") in kinds or not own
+        ):  # cut before its pixels, or damaged
             raise UnfitError(f"is incomplete: the header of its file {path.name} has no Rows")
     others = Counter(map(no_scan, objects.values()))
     if series and (lost := _lost(folder, files)):
