@@ -193,9 +193,8 @@ def series_in(folder: Path) -> tuple[list[Series], Counter[str]]:
     kinds = {header.get("SOPClassUID") for one in series.values() for header in one.values() if "Rows" in header}
     for path, header in objects.items():
         own = "SeriesInstanceUID" in header and series_name(header) not in series
-        if "Rows" not in header and (
-            header.get("SOPClassUID") in kinds or not own
-        ):  # cut before its pixels, or damaged
+        cut = header.get("SOPClassUID") in kinds or not own
+        if cut and "Rows" not in header:
             raise UnfitError(f"is incomplete: the header of its file {path.name} has no Rows")
     others = Counter(map(no_scan, objects.values()))
     if series and (lost := _lost(folder, files)):
