@@ -102,7 +102,7 @@ def check(
     problems = found.problems + [f"{scan.name}: {scan.problem}" for scan in bad]
     lines = [] if settings is None else _bundle_lines(found, scans, settings)
     if hounsfield is None:
-        hounsfield = channels == 1 if settings is None else settings["hounsfield"]
+        hounsfield = (channels or len(modalities or [1])) == 1 if settings is None else settings["hounsfield"]
     if parse_bool(hounsfield):
         lines += [f"WARNING    {line}" for line in doubtful_values(scans)]
     print("\n".join([*problems, summary(scans), *lines]))

@@ -22,6 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pydicom
+import pydicom.encaps
 
 from tools.data.kinds import SERIES_NAME, UnfitError, dicom_files
 from tools.data.rasters import check_directions
@@ -189,6 +190,12 @@ def series_in(folder: Path) -> tuple[list[Series], Counter[str]]:
         turns = {str(mate.get("ImageOrientationPatient")) for mate in mates.values()}
         if "Rows" in header and str(header.get("ImageOrientationPatient")) in turns:
             mates[path] = objects.pop(path)  # a slice that is said to be something else
+    kinds = {header.get("SOPClassUID") for one in series.values() for header in one.values() if "Rows" in header}
+    for path, header in objects.items():
+        own = "SeriesInstanceUID" in header and series_name(header) not in series
+        cut = header.get("SOPClassUID") in kinds or not own
+        if cut and "Rows" not in header:
+            raise UnfitError(f"is incomplete: the header of its file {path.name} has no Rows")
     others = Counter(map(no_scan, objects.values()))
     if series and (lost := _lost(folder, files)):
         raise UnfitError(
@@ -466,8 +473,11 @@ def _decoded(path: Path, header: pydicom.Dataset, frames: int) -> np.ndarray:
     plain.SOPInstanceUID = pydicom.uid.generate_uid()
     plain.NumberOfFrames = frames
     try:
-        for key in (*PIXEL_TYPE, "HighBit", "PixelData"):
+        for key in (*PIXEL_TYPE, "HighBit"):
             plain[key] = header[key]
+        streams = pydicom.encaps.generate_frames(header.PixelData, number_of_frames=frames)
+        plain.PixelData = pydicom.encaps.encapsulate(list(streams))
+        plain["PixelData"].is_undefined_length = True
         with tempfile.TemporaryDirectory() as folder:
             plain.save_as(f"{folder}/frames.dcm", enforce_file_format=True)
             image = itk.array_from_image(itk.imread(f"{folder}/frames.dcm", pixel_type=itk.D))

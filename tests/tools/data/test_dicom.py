@@ -117,6 +117,16 @@ def test_a_damaged_first_or_last_slice_is_no_end_of_the_series(tmp_path, number,
     assert f"is incomplete: found 4 DICOM files, expected 5: {slices(folder)[number].name}" in problem(folder)
 
 
+@pytest.mark.parametrize("number", [0, 4])
+@pytest.mark.parametrize("size", [470, 600])  # before its series, and before its size
+def test_a_slice_cut_in_its_header_is_no_other_object(tmp_path, number, size):
+    folder = write_dicom(tmp_path / "series")
+    path = slices(folder)[number]
+    path.write_bytes(path.read_bytes()[:size])
+    assert pydicom.dcmread(path).SOPClassUID == pydicom.uid.CTImageStorage
+    assert "is incomplete: the header of its file" in problem(folder)
+
+
 def test_rounding_of_positions_is_no_other_place(tmp_path):
     folder = change_all(
         write_dicom(tmp_path / "series"), lambda n: {"ImagePositionPatient": [0, 0, round(3.06 * n, 1)]}
