@@ -140,3 +140,12 @@ def test_metadata_agrees_with_the_network(name, parse):
             torch.rand(1, image["num_channels"], 32, 32, 32)
         )
     assert out.shape[1] == pred["num_channels"]
+
+
+@pytest.mark.parametrize("run", ["train", "inference"])
+def test_a_key_builds_the_second_version_of_swin_unetr(parse, run):
+    for asked, has in (("true", True), ("false", False)):
+        network = parse("btcv", [run, "swin_unetr"], swin_feature_size=12, swin_use_v2=asked).get_parsed_content(
+            "network_def"
+        )
+        assert any("layers1c." in name for name in network.state_dict()) == has
