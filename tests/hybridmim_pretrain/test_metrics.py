@@ -32,9 +32,10 @@ def test_retrieval_looks_among_all_other_views():
 
 
 def output(views=True, padded=False):
-    """One crop of 4×4×8 voxels, patches of 2³, two regions of 4³ side by side."""
+    """One crop of 4×4×8 voxels, patches of 2³, two regions of 4³ side by side, each with a fine chequered pattern."""
     image = torch.full((1, 1, 4, 4, 8), 0.5)
     image[..., 4:] = 0.9
+    image += 0.05 * (-1.0) ** torch.stack(torch.meshgrid(*map(torch.arange, (4, 4, 8)), indexing="ij")).sum(0)
     if padded:
         image[..., 6:] = 0
     mask = torch.zeros(1, 1, 2, 2, 4, dtype=torch.bool)
@@ -67,7 +68,7 @@ def test_metrics_of_a_crop_by_hand():
     assert found["masked_mse"] == pytest.approx(0.01, rel=1e-4)
     assert found["psnr"] == pytest.approx(20, rel=1e-4)
     visible = (6 * 8 * 0.5 + 7 * 8 * 0.9) / (13 * 8)
-    expected = (2 * (0.5 - visible) ** 2 + (0.9 - visible) ** 2) / 3
+    expected = (2 * (0.5 - visible) ** 2 + (0.9 - visible) ** 2) / 3 + 0.05**2  # of the pattern
     assert found["mean_mse"] == pytest.approx(expected, rel=1e-4)
     assert found["number_accuracy"] == 0.5
     assert found["number_majority"] == 0.5
