@@ -159,6 +159,12 @@ def test_the_result_of_a_metaimage_lies_where_it_lies(tmp_path):
     np.testing.assert_allclose(places_of_itk(result), places_of_itk(scan), atol=1e-4)
 
 
+def test_the_shear_of_a_registration_is_read(tmp_path):
+    """MONAI's reader takes the qform in place of the sform, because pixdim agrees with the qform."""
+    scan = write_forms(tmp_path / "scan.nii.gz", **KINDS["an sform of 12 parameters beside the old qform"])
+    np.testing.assert_allclose(LoadScan()(scan).affine, nib.load(scan).header.get_sform(), atol=1e-5)
+
+
 def test_probabilities_lie_there_too(tmp_path):
     scan = write_forms(tmp_path / "scan.nii.gz", **KINDS["sform and qform in different places"])
     image = LoadScan()(scan)
