@@ -27,6 +27,8 @@ import pydicom.encaps
 from tools.data.kinds import SERIES_NAME, UnfitError, dicom_files
 from tools.data.rasters import check_directions
 
+PYDICOM_3 = hasattr(pydicom.encaps, "generate_frames")  # MONAI Label needs version 2
+
 # Largest distance between the place of a slice's corner in the volume, and by its own header. Rounding of positions
 # reaches 0.1 mm. For thin slices it is a quarter of the gap: a missing slice moves others by half a gap or more.
 PLACE_TOLERANCE = 0.25  # mm
@@ -441,7 +443,8 @@ def _pixels(path: Path, frames: list[Frame]) -> Iterator[np.ndarray]:
         header = pydicom.dcmread(BytesIO(path.read_bytes()), force=True)
         if "TransferSyntaxUID" not in header.file_meta:  # as in files without a preamble
             names = ("ExplicitVRLittleEndian", "ImplicitVRLittleEndian")
-            header.file_meta.TransferSyntaxUID = getattr(pydicom.uid, names[header.original_encoding[0]])
+            implicit = header.original_encoding[0] if PYDICOM_3 else header.is_implicit_VR
+            header.file_meta.TransferSyntaxUID = getattr(pydicom.uid, names[implicit])
         compressed = header.file_meta.TransferSyntaxUID.is_compressed
     except Exception as error:
         raise UnfitError(f"is damaged: its file {path.name} cannot be read") from error
@@ -475,11 +478,16 @@ def _decoded(path: Path, header: pydicom.Dataset, frames: int) -> np.ndarray:
     try:
         for key in (*PIXEL_TYPE, "HighBit"):
             plain[key] = header[key]
-        streams = pydicom.encaps.generate_frames(header.PixelData, number_of_frames=frames)
+        split = pydicom.encaps.generate_frames if PYDICOM_3 else pydicom.encaps.generate_pixel_data_frame
+        streams = split(header.PixelData, **{"number_of_frames" if PYDICOM_3 else "nr_frames": frames})
         plain.PixelData = pydicom.encaps.encapsulate(list(streams))
         plain["PixelData"].is_undefined_length = True
         with tempfile.TemporaryDirectory() as folder:
-            plain.save_as(f"{folder}/frames.dcm", enforce_file_format=True)
+            if PYDICOM_3:
+                plain.save_as(f"{folder}/frames.dcm", enforce_file_format=True)
+            else:
+                plain.is_little_endian, plain.is_implicit_VR = True, False
+                plain.save_as(f"{folder}/frames.dcm", write_like_original=False)
             image = itk.array_from_image(itk.imread(f"{folder}/frames.dcm", pixel_type=itk.D))
     except Exception as error:  # of any kind, by a damaged value or stream
         raise UnfitError(f"is damaged: the pixels of {path.name} cannot be decompressed") from error
