@@ -116,7 +116,7 @@ def _metaimage(path: Path, text: bytes) -> Raster:
         raise UnfitError(
             f"has a damaged header: found ElementType = {fields.get('ElementType')}, expected MET_SHORT or the like"
         )
-    if fields.get("BinaryData", "").lower() != "true":
+    if fields.get("BinaryData", "True").lower() != "true":
         raise UnfitError("holds its voxels as text (BinaryData is not True), expected binary data: save it again")
     name, start = fields["ElementDataFile"], _numbers({"HeaderSize": "0", **fields}, "HeaderSize", 1, int)[0]
     if start < -1:
