@@ -375,6 +375,7 @@ def test_dice_is_one_for_what_is_right_and_zero_for_what_is_missed(name, configs
         cache="none",
         network_def=definition,
         network="$@network_def.to(@device)",
+        card={},  # there is none of such a network
         **WINDOWS,
     )
     network, engine = (flow.parser.get_parsed_content(key) for key in ("network_def", "validate#evaluator"))
