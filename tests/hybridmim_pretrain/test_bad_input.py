@@ -72,7 +72,7 @@ def with_nan(path):
 
 
 BAD = {
-    "truncated": (truncated, r"cannot be read: Expected 250000 bytes, got \d+ bytes"),
+    "truncated": (truncated, r"is truncated: found \d+ bytes of voxels, expected 250000"),
     "empty": (lambda path: path.write_bytes(b""), r"is empty: found 0 bytes, expected an image"),
     "NaN": (with_nan, r"has 1 NaN or infinite values among 125000 voxels, expected finite values"),
 }
@@ -229,8 +229,9 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(workflow, ct_sca
     models = tmp_path / "models"
     before = {path.name: path.read_bytes() for path in models.iterdir()}
 
-    infinite = {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: x / 0"}
-    flow = workflow("train", ["train", "small"], **options, epochs=2, resume=True, intensity=infinite)
+    divide = "$@load + [monai.transforms.Lambdad('image', lambda x: x / 0)] + @draw"
+    infinite = {"train#preprocessing": {"_target_": "Compose", "transforms": divide}}
+    flow = workflow("train", ["train", "small"], **options, epochs=2, resume=True, **infinite)
     with pytest.raises(RuntimeError) as error:
         flow.run()
     error = root_cause(error.value)

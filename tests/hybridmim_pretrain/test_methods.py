@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -332,7 +333,7 @@ def test_every_method_trains_validates_and_evaluates(workflow, ct_scans, tmp_pat
     workflow("train", ["train", *overlays, "evaluate"], **options).run()
     (alone,) = read_metrics(tmp_path / "out/evaluation.csv")
     assert float(alone[metric.removeprefix("val_")]) == pytest.approx(float(row[metric]), rel=1e-4)
-    assert "weights    new, at random" in capsys.readouterr().out
+    assert re.search(r"^ *weights +new, at random$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("method", ["mae", "simmim"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -261,7 +262,8 @@ def test_the_best_weights_are_kept(tmp_path, lower_is_better, values, kept):
         assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"] == kept[epoch]
         best, card = kept[epoch], json.loads((tmp_path / "model.json").read_text())
         assert card.pop("sha256") == digest({"weight": torch.tensor([[float(best)]]), "bias": network.bias})
-        reached = {"epoch": best, "steps": 10 * best, "metrics": {"score": values[best], "absent": None}}
+        score = None if math.isnan(values[best]) else values[best]
+        reached = {"epoch": best, "steps": 10 * best, "metrics": {"score": score, "absent": None}}
         assert card == {"format": 1, "scans": 3, **reached}
     again = BestWeights({}, tmp_path, {}, "score", lower_is_better)
     again.load_state_dict(handler.state_dict())
