@@ -206,7 +206,8 @@ def segment_by_command(command, server, tmp_path_factory):
 
 
 def same(found, expected):
-    return np.array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
+    """But for one voxel in 100,000: processes with another number of threads round differently where two classes tie."""
+    return (np.asarray(found.dataobj) != np.asarray(expected.dataobj)).mean() < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
