@@ -206,7 +206,7 @@ def segment_by_command(command, server, tmp_path_factory):
 
 
 def same(found, expected):
-    """But for one voxel in 100,000: processes with another number of threads round differently where two classes tie."""
+    """But for one voxel in 100,000: with another number of threads, sums are rounded differently where classes tie."""
     return (np.asarray(found.dataobj) != np.asarray(expected.dataobj)).mean() < 1e-5
 
 
