@@ -335,6 +335,7 @@ def _slugs(options: Options) -> list[str]:
 def _rhythm(steps: int, epochs: int, validations: int) -> dict[str, int]:
     interval = max(1, round(epochs / validations))
     every = {"val_interval": interval * steps // epochs, "val_share": 1, "checkpoint_interval": interval}
+    every |= {"log_interval": 1}  # the time of a step is read from the curves
     return {"epochs": epochs, **every}
 
 
