@@ -165,10 +165,22 @@ def views_figure(
     if first.ndim != 3 or first.shape != second.shape:
         raise ValueError(f"views: got shapes {first.shape} and {second.shape}, expected one and the same [H, W, D]")
     pictures = {"first view": mid_planes(first), "second view": mid_planes(second)}
-    figure, rows = _three_planes(list(pictures), first.shape, spacing, width=0.35 + 2.8 * 2, right=1.0, picture=2.75)
+    _side_by_side(path, pictures, first.shape, title, spacing)
+
+
+def _side_by_side(
+    path: str | Path,
+    pictures: Mapping[str, dict[str, np.ndarray]],
+    shape: tuple[int, ...],
+    title: str,
+    spacing: tuple[float, float, float],
+) -> None:
+    """Draw pictures by heading and plane, grey or in colours, of a volume [H, W, D] of this shape."""
+    width = 0.35 + 2.8 * len(pictures)
+    figure, rows = _three_planes(list(pictures), shape, spacing, width=width, right=1.0, picture=2.75)
     for plane, aspect, row in rows:
-        for axes, view in zip(row, pictures.values(), strict=True):
-            axes.imshow(view[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+        for axes, planes_of_column in zip(row, pictures.values(), strict=True):
+            axes.imshow(planes_of_column[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     _title(figure, title)
     _save(figure, path)
 
@@ -189,19 +201,19 @@ def features_figure(
         features: heading → colours [3, H, W, D], 0 to 1.
         title: heading of the figure.
         spacing: voxel size in mm along H, W and D.
+
+    Raises:
+        ValueError: the scan is not [H, W, D], or colours are not [3, H, W, D].
     """
     image = torch.as_tensor(image).detach().cpu().float().numpy()
     pictures = {"scan": mid_planes(image)}
     for name, colours in features.items():
-        channels = [mid_planes(channel) for channel in torch.as_tensor(colours).detach().cpu().float().numpy()]
+        colours = torch.as_tensor(colours).detach().cpu().float().numpy()
+        if image.ndim != 3 or colours.shape != (3, *image.shape):
+            raise ValueError(f"{name}: got shape {colours.shape}, expected [3, H, W, D] of the scan's {image.shape}")
+        channels = [mid_planes(channel) for channel in colours]
         pictures[name] = {plane: np.stack([c[plane] for c in channels], axis=-1) for plane in channels[0]}
-    width = 0.35 + 2.6 * len(pictures)
-    figure, rows = _three_planes(list(pictures), image.shape, spacing, width=width, right=1.0, picture=2.55)
-    for plane, aspect, row in rows:
-        for axes, columns in zip(row, pictures.values(), strict=True):
-            axes.imshow(columns[plane], cmap=GREYS, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
-    _title(figure, title)
-    _save(figure, path)
+    _side_by_side(path, pictures, image.shape, title, spacing)
 
 
 def segmentation_figure(
