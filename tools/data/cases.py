@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tools.data.datalists import datalist_items, read_datalist
+from tools.data.kinds import kind_of
 from tools.data.outputs import name_outputs, output_root
+from tools.data.rasters import voxel_file
 from tools.data.scans import (
     EXTENSIONS,
     ScanError,
     contents_text,
     find_scans,
+    kinds_text,
     paths_of,
     require_folder,
     scan_paths,
@@ -87,7 +90,22 @@ def pair_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] |
     found = pair(root, modalities)
     if not found.cases and not found.problems:
         raise ScanError(f"dataset_dir: found no labelled case but {contents_text(root)} in {root}, expected {expected}")
+    _say_passed_over(root, found)
     return Pairing(sorted(found.cases, key=paths_of), found.problems)
+
+
+def _say_passed_over(root: Path, found: Pairing) -> None:
+    """Count the files that are in no case, by kind; `imagesTs` and `dataset.json` have other uses."""
+    paths = [Path(path) for case in found.cases for path in (*paths_of(case), case["label"])]
+    taken = {*paths, *map(voxel_file, paths)}
+    others = Counter(
+        kind_of(name)
+        for folder, names in walk(root)
+        for name in names
+        if folder / name not in taken and folder.name != "imagesTs" and name != "dataset.json"
+    )
+    if others:
+        logger.warning("%s: %d files are in no case: %s", root, others.total(), kinds_text(others))
 
 
 def _pair_btcv(root: Path, modalities: Sequence[str] | None) -> Pairing:

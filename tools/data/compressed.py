@@ -11,6 +11,7 @@ from tools.common.text import bytes_text
 from tools.data.kinds import UnfitError
 
 GZIP, ZLIB = 31, 15  # as `wbits` of zlib
+GZIP_MAGIC = b"\x1f\x8b"
 LARGEST_RATIO = 1032  # of deflate: no compressed data hold more
 
 

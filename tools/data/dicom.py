@@ -32,6 +32,7 @@ PYDICOM_3 = hasattr(pydicom.encaps, "generate_frames")  # MONAI Label needs vers
 # Largest distance between the place of a slice's corner in the volume, and by its own header. Rounding of positions
 # reaches 0.1 mm. For thin slices it is a quarter of the gap: a missing slice moves others by half a gap or more.
 PLACE_TOLERANCE = 0.25  # mm
+AXES_TOLERANCE = 0.01  # of lengths and the scalar product of directions; rounding to 3 digits reaches 0.001
 LARGEST_SLOPES = 1e6  # ratio of the largest and the smallest rescale slope; PET reaches 1e3
 IMAGES = "1.2.840.10008.5.1.4.1.1."  # storage classes, whose next number tells
 NO_SCANS = {
@@ -285,11 +286,18 @@ def _frames(path: Path, header: pydicom.Dataset) -> Iterator[Frame]:
         spacing = entry("PixelSpacing", 2, "PixelMeasuresSequence")[::-1]
         if min(spacing) <= 0:
             raise UnfitError(f"has the pixel spacing {[*map(float, spacing)]} mm in {path.name}, expected more than 0")
+        axes = entry("ImageOrientationPatient", 6, "PlaneOrientationSequence").reshape(2, 3)
+        if np.abs(axes @ axes.T - np.eye(2)).max() > AXES_TOLERANCE:
+            found = ", ".join(f"{number:.4g}" for number in axes.flat)
+            raise UnfitError(
+                f"has an impossible ImageOrientationPatient in {path.name}: found {found}, expected two directions of "
+                "length 1 at right angles"
+            )
         yield Frame(
             path,
             number if several else -1,
             entry("ImagePositionPatient", 3, "PlanePositionSequence"),
-            entry("ImageOrientationPatient", 6, "PlaneOrientationSequence").reshape(2, 3),
+            axes,
             spacing,
             float(entry("RescaleSlope", 1, "PixelValueTransformationSequence", 1)[0]),
             float(entry("RescaleIntercept", 1, "PixelValueTransformationSequence", 0)[0]),

@@ -1,7 +1,7 @@
-"""Where the header of a NIfTI file places its voxels in the world.
+"""Where the header of a file places its voxels in the world.
 
-A header has up to three places: its sform, its qform, and its voxel sizes (pixdim) alone. Programs differ in which they
-take: nibabel and this project the sform if its code is not 0, ITK (3D Slicer, ITK-SNAP) often the qform.
+A NIfTI header has up to three places: its sform, its qform, and its voxel sizes (pixdim) alone. Programs differ in
+which they take: nibabel and this project the sform if its code is not 0, ITK (3D Slicer, ITK-SNAP) often the qform.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from tools.data.rasters import unsaid
+
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img")
+RASTERS = (".mha", ".mhd", ".nrrd", ".nhdr")
 FORMS = (
     *("sform_code", "srow_x", "srow_y", "srow_z"),
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -57,7 +60,9 @@ def result_header(scan: str | Path, affine: np.ndarray, shape: Sequence[int]) ->
 
 
 def disagreement(path: str | Path) -> str | None:
-    """Describe how the header of a NIfTI file contradicts itself about its place; None if it does not."""
+    """Describe how a header leaves the place of its voxels in doubt; None if it does not."""
+    if (unsaid := _unsaid(Path(path))) is not None:
+        return f"says nothing about its {unsaid}"
     header = nifti_header(path)
     if header is None or len(header.get_data_shape()) < 3:
         return None
@@ -78,6 +83,18 @@ def disagreement(path: str | Path) -> str | None:
             f"to {off.max():.3g} mm over the scan"
         )
     return "; ".join(said) or None
+
+
+def _unsaid(path: Path) -> str | None:
+    """What MetaImage, NRRD and Analyze may leave out, with what is taken in its place."""
+    name = path.name.lower()
+    if not path.is_file():
+        return None
+    if name.endswith(RASTERS):
+        return unsaid(path)
+    if name.endswith((".hdr", ".img")) and nifti_header(path) is None:
+        return "orientation (Analyze): left and right are a guess"
+    return None
 
 
 def _apart(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> tuple[float, float]:

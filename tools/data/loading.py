@@ -15,7 +15,7 @@ from monai.transforms import LoadImage, LoadImaged
 from monai.utils import ensure_tuple
 
 from tools.common.text import size_text
-from tools.data.compressed import check_claim, check_size, inflate, inflate_start
+from tools.data.compressed import GZIP_MAGIC, check_claim, check_size, inflate, inflate_start
 from tools.data.dicom import read_dicom
 from tools.data.kinds import SERIES_NAME, UnfitError, is_dicom, require_regular
 from tools.data.rasters import check_directions, check_raster
@@ -61,6 +61,8 @@ def open_scan(path: str | Path, max_bytes: float = math.inf) -> nib.Nifti1Pair:
 
 def _open_nifti(path: Path, max_bytes: float) -> nib.Nifti1Pair:
     data, compressed = path.read_bytes(), path.name.lower().endswith(".gz")
+    if data[:2] == GZIP_MAGIC and not compressed:
+        raise UnfitError("is compressed, which its name does not say: rename it to .nii.gz")
     header = _nifti_header(inflate_start(data, NIFTI_HEADER) if compressed else data[:NIFTI_HEADER])
     voxels = _nifti_bytes(header)
     check_directions(header.get_best_affine()[:3, :3])  # nibabel would replace a spacing of 0 by 1
@@ -188,7 +190,7 @@ def _open_itk(path: Path, max_bytes: float) -> nib.Nifti1Image:
     if kind == "complex":
         raise UnfitError(COMPLEX)
     sizes = [io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())]
-    if [*[channels] * (channels > 1), *sizes] != list(raster.sizes):
+    if [*[channels] * (len(raster.sizes) > len(sizes)), *sizes] != list(raster.sizes):
         raise UnfitError(f"has a damaged header: found the sizes {sizes}, expected {list(raster.sizes)}")
     if len(sizes) < 3:
         raise UnfitError(f"is 2D: found the shape {size_text(sizes)}, expected three axes in space")

@@ -90,15 +90,34 @@ def voxel_file(path: Path) -> Path:
     return next(filter(Path.exists, pair), path) if path.suffix.lower() == ".hdr" else path
 
 
+def unsaid(path: Path) -> str | None:
+    """Which part of its place in the world a header leaves out, and what ITK takes for it; None if it says all."""
+    text = _start(path)
+    if path.suffix.lower() in (".nrrd", ".nhdr"):
+        fields = _nrrd_fields(text)[0]
+        sized = "space directions" in fields or "spacings" in fields
+        oriented = "space" in fields
+    else:
+        fields = _meta_fields(text)[0]
+        sized, oriented = "ElementSpacing" in fields or "ElementSize" in fields, True  # the axes have a default
+    if not sized:
+        return "voxel size: 1 mm is a guess"
+    return None if oriented else "orientation (no `space`): left and right are a guess"
+
+
 def read_raster(path: Path) -> Raster:
     """Read the header of a MetaImage or NRRD file.
 
     Raises:
         UnfitError: it is damaged, or asks for something that is not read.
     """
-    with path.open("rb") as file:
-        text = file.read(LONGEST_HEADER)
+    text = _start(path)
     return _nrrd(path, text) if path.suffix.lower() in (".nrrd", ".nhdr") else _metaimage(path, text)
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(LONGEST_HEADER)
 
 
 def _metaimage(path: Path, text: bytes) -> Raster:

@@ -63,15 +63,16 @@ def scan_paths(dataset_dir: str | Path, dicom_series: str = "refuse") -> list[st
         others.update(kind_of(name) for name in rest if name not in slices | voxels)
     if not scans:
         raise ScanError(
-            f"dataset_dir: found no scan in {root} but {others.total()} other files ({_kinds_text(others)}), expected "
+            f"dataset_dir: found no scan in {root} but {others.total()} other files ({kinds_text(others)}), expected "
             f"files that end in {', '.join(EXTENSIONS)} or folders that hold a DICOM series"
         )
     if others:
-        logger.warning("%s: %d files are not taken as scans: %s", root, others.total(), _kinds_text(others))
+        logger.warning("%s: %d files are not taken as scans: %s", root, others.total(), kinds_text(others))
     return sorted(scans)
 
 
-def _kinds_text(others: Counter[str]) -> str:
+def kinds_text(others: Counter[str]) -> str:
+    """Counts of files by kind, most frequent first: `12 .img, 3 .txt`."""
     return ", ".join(f"{count} {kind}" for kind, count in others.most_common())
 
 

@@ -219,6 +219,19 @@ def test_msd_without_a_description_names_every_file_without_its_counterpart(tmp_
     assert image_names(pair_cases(tmp_path, "msd").cases) == ["b.nii.gz"]
 
 
+def test_files_in_no_case_are_counted_by_kind(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/z.nii.gz", "dataset.json.bak", "b/img.mnc")
+    write_json(tmp_path / "dataset.json", {"training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]})
+    pair_cases(tmp_path, "msd")
+    assert f"{tmp_path}: 2 files are in no case: 1 .bak, 1 .mnc" in caplog.text
+
+
+def test_all_files_in_cases_are_not_counted(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTs/z.nii.gz")
+    pair_cases(tmp_path, "msd")
+    assert "in no case" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "layout, message",
     [

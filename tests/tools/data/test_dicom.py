@@ -95,6 +95,16 @@ BAD = {
     "slope 0": (1, {"RescaleSlope": 0, "RescaleIntercept": 0}, r"rescale slope 0 in .*-1\.dcm"),
     "slope 1e30": (1, {"RescaleSlope": 1e30, "RescaleIntercept": 0}, r"rescale slope 1e\+30 in .*-1\.dcm"),
     "a mosaic": (0, {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}, r"is a mosaic: .*-0\.dcm .*dcm2niix"),
+    "directions of length 2": (
+        1,
+        {"ImageOrientationPatient": [2, 0, 0, 0, 2, 0]},
+        r"impossible ImageOrientationPatient in .*-1\.dcm: found 2, 0, 0, 0, 2, 0, expected two directions of length 1",
+    ),
+    "oblique directions": (
+        1,
+        {"ImageOrientationPatient": [1, 0, 0, 0.5, 0.866, 0]},
+        r"impossible ImageOrientationPatient in .*-1\.dcm",
+    ),
     "a report": (4, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, r"different SOPClassUID: .*-4\.dcm"),
 }
 

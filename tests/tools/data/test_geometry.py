@@ -208,6 +208,35 @@ def test_contradictions_are_said_in_mm(tmp_path, kind, said):
         assert found is not None and re.search(said, found), found
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("space: RAS\nspace directions: (1,0,0) (0,1.5,0) (0,0,2)", None),
+        ("spacings: 1 1.5 2", "its orientation (no `space`): left and right are a guess"),
+        ("space: RAS", "its voxel size: 1 mm is a guess"),
+    ],
+)
+def test_what_an_nrrd_leaves_out_is_said(tmp_path, fields, said):
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 5 6\nencoding: raw\nendian: little\n{fields}\n\n"
+    (tmp_path / "scan.nrrd").write_bytes(header.encode() + bytes(240))
+    assert disagreement(tmp_path / "scan.nrrd") == (said and f"says nothing about {said}")
+
+
+def test_what_a_metaimage_leaves_out_is_said(tmp_path):
+    path = write_itk(tmp_path / "scan.mha")
+    path.write_bytes(re.sub(rb"Element(Spacing|Size) = .*\n", b"", path.read_bytes()))
+    assert disagreement(path) == "says nothing about its voxel size: 1 mm is a guess"
+
+
+def test_analyze_has_no_orientation(tmp_path):
+    nib.save(nib.AnalyzeImage(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "scan.hdr")
+    nib.save(nib.Nifti1Pair(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "pair.hdr")
+    assert disagreement(tmp_path / "scan.hdr") == (
+        "says nothing about its orientation (Analyze): left and right are a guess"
+    )
+    assert disagreement(tmp_path / "pair.hdr") is None
+
+
 def test_other_formats_hold_one_place(tmp_path):
     assert disagreement(write_itk(tmp_path / "scan.mha")) is None
     assert disagreement(tmp_path / "not there.nii.gz") is None

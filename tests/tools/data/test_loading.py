@@ -46,6 +46,21 @@ def test_several_gzip_members_are_one_file(tmp_path):
     assert np.array_equal(np.asarray(open_scan(tmp_path / "a.nii.gz").dataobj), volume())
 
 
+def test_a_compressed_file_is_named_as_such(tmp_path):
+    (tmp_path / "a.nii").write_bytes(write_nifti(tmp_path / "a.nii.gz").read_bytes())
+    assert problem(tmp_path / "a.nii").startswith("is compressed, which its name does not say: rename it to .nii.gz")
+
+
+def test_a_single_channel_before_the_axes_of_an_nrrd(tmp_path):
+    header = (
+        "NRRD0004\ntype: short\ndimension: 4\nsizes: 1 4 5 6\nencoding: raw\nendian: little\nspace: RAS\n"
+        "space directions: none (1,0,0) (0,1.5,0) (0,0,2)\nkinds: list domain domain domain\n\n"
+    )
+    array = volume(shape=(4, 5, 6))
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + array.tobytes("F"))
+    assert np.array_equal(np.asarray(open_scan(tmp_path / "a.nrrd").dataobj), array)
+
+
 def test_a_small_file_does_not_take_much_memory():
     bomb = gzip.compress(bytes(300_000_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
