@@ -44,8 +44,16 @@ INFERENCE_KEYS = {
 # what inference must do as training did
 SHARED_KEYS = {
     *("roi_size", "region_size", "patch_size", "decode_size", "mask_ratio", "mask_scheme", "mask_fill"),
-    *("in_channels", "stride", "unet_features", "swin_feature_size", "vit_hidden_size", "vit_mlp_size"),
-    *("vit_heads", "mae_decoder_size", "mae_decoder_layers", "mae_decoder_heads", "dropout", "dropout_stages"),
+    *("in_channels", "stride", "unet_features", "swin_feature_size", "swin_use_v2", "vit_hidden_size"),
+    *(
+        "vit_mlp_size",
+        "vit_heads",
+        "mae_decoder_size",
+        "mae_decoder_layers",
+        "mae_decoder_heads",
+        "dropout",
+        "dropout_stages",
+    ),
     *("unet", "vit", "method_backbone", "backbone", "geometry", "network_def", "spacing", "window"),
     *("intensity", "seed", "bundle_root", "path", "dataset_dir", "datalist", "output_dir"),
 }

@@ -40,10 +40,14 @@ def batch_of(geometry, n=2, channels=1, seed=0):
 def plain_network(backbone, in_channels):
     if isinstance(backbone, UNetBackbone):
         return BasicUNet(3, in_channels, in_channels, FEATURES)
-    return SwinUNETR(in_channels, in_channels, feature_size=12)
+    return SwinUNETR(in_channels, in_channels, feature_size=12, use_v2=backbone.swinViT.use_v2)
 
 
-@pytest.mark.parametrize(("make", "in_channels"), [(unet, 1), (unet, 3), (swin, 2)])
+def swin_v2(in_channels):
+    return swin(in_channels, use_v2=True)
+
+
+@pytest.mark.parametrize(("make", "in_channels"), [(unet, 1), (unet, 3), (swin, 2), (swin_v2, 1)])
 def test_decode_of_encode_equals_the_monai_network(make, in_channels):
     backbone, geometry = make(in_channels)
     network = plain_network(backbone, in_channels)

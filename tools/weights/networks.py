@@ -31,7 +31,10 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
 
 def _sizes(kind: str, shapes: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
     if kind == "SwinUNETR":
-        return {"swin_feature_size": shapes[NETWORKS[kind]][0]}
+        return {
+            "swin_feature_size": shapes[NETWORKS[kind]][0],
+            "swin_use_v2": any(name.startswith("swinViT.layers1c.") for name in shapes),
+        }
     if kind == "UNet":
         stages = [f"down_{number}.convs.conv_0.conv.weight" for number in (1, 2, 3, 4)]
         encoder = [shapes[name][0] for name in (NETWORKS[kind], *stages)]
@@ -53,9 +56,9 @@ def network_text(network: Mapping[str, Any]) -> str:
 
 
 def is_other_encoder(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether the encoders differ in what the shapes of their tensors need not show: the kind, or the heads."""
+    """Whether the encoders differ in what shapes of tensors need not show: the kind, the version, or the heads."""
     kinds = {ENCODERS.get(network["name"], network["name"]) for network in (found, expected)}
-    return len(kinds) > 1 or "vit_heads" in different(found, expected)
+    return len(kinds) > 1 or not {"vit_heads", "swin_use_v2"}.isdisjoint(different(found, expected))
 
 
 def different(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,13 +113,16 @@ class SwinUNETRBackbone(SwinUNETR):
         in_channels: channels of the input and of the output.
         feature_size: channels of the first stage, a multiple of 12.
         dropout: dropout probability after the patch embedding and in the transformer blocks.
+        use_v2: SwinUNETR v2, with a convolution before each stage of the encoder.
     """
 
     stride = 32
     level_strides = (1, 2, 4, 8, 16, 32)
 
-    def __init__(self, in_channels: int = 1, feature_size: int = 48, dropout: float = 0.1) -> None:
-        super().__init__(in_channels, in_channels, feature_size=feature_size, drop_rate=dropout)
+    def __init__(
+        self, in_channels: int = 1, feature_size: int = 48, dropout: float = 0.1, use_v2: bool = False
+    ) -> None:
+        super().__init__(in_channels, in_channels, feature_size=feature_size, drop_rate=dropout, use_v2=use_v2)
         self.bottleneck_channels = 16 * feature_size
 
     @property

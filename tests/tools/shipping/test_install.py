@@ -90,10 +90,10 @@ def refused(url, digest, folder, match):
     assert list(folder.iterdir()) == []
 
 
-def zipped(*members):
+def zipped(*members, compressed=False):
     """The bytes of a zip file of these members: names, or `ZipInfo`, and contents."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as content:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as content:
         for member, text in members:
             content.writestr(member, text)
     return buffer.getvalue()
@@ -114,6 +114,8 @@ METADATA = ("b/configs/metadata.json", "{}")
         (lambda content: content[: len(content) // 2], "File is not a zip file"),
         (lambda content: zipped(("a/configs/metadata.json", "{}"), ("b/x", "")), r"holds \['a', 'b'\]"),
         (lambda content: zipped(("a/x", "")), r"holds \['a'\], expected .* configs/metadata\.json"),
+        (lambda content: zipped((".b/configs/metadata.json", "{}")), r"holds \['\.b'\]"),
+        (lambda content: zipped(METADATA, ("b/x", bytes(10_000_000)), compressed=True), "unpacks to 10 MB from"),
         (lambda content: zipped(), r"holds \[\], expected the folder of one bundle"),
     ],
 )

@@ -50,11 +50,14 @@ def saved(path, network, described=None):
 
 
 VIT = {"in_channels": 1, "vit_hidden_size": 24, "vit_mlp_size": 36, "vit_heads": 2}
+SWIN = {"swin_feature_size": 24, "swin_use_v2": False}
+SWIN_V2 = {"swin_feature_size": 24, "swin_use_v2": True}
 DESCRIBED = [
     (unet(3), {"name": "UNet", "in_channels": 3, "unet_features": FEATURES}),
     (UNetBackbone(2, FEATURES), {"name": "UNet", "in_channels": 2, "unet_features": FEATURES}),
     (HybridMIM(UNetBackbone(1, FEATURES), GEOMETRY), {"name": "UNet", "in_channels": 1, "unet_features": FEATURES}),
-    (SwinUNETR(4, 2, feature_size=24), {"name": "SwinUNETR", "in_channels": 4, "swin_feature_size": 24}),
+    (SwinUNETR(4, 2, feature_size=24), {"name": "SwinUNETR", "in_channels": 4, **SWIN}),
+    (SwinUNETR(4, 2, feature_size=24, use_v2=True), {"name": "SwinUNETR", "in_channels": 4, **SWIN_V2}),
     (vit(), {"name": "ViT", **VIT}),
     (unetr(), {"name": "UNETR", "unetr_feature_size": 6, **VIT}),
     (torch.nn.Linear(1, 1), {"name": "Linear"}),
