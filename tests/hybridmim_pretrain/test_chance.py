@@ -7,7 +7,6 @@ from ignite.engine import Engine
 
 from scripts.chance import WarnOfChance
 
-
 CHANCE = {
     **{"masked_mse": 0.05, "mean_mse": 0.05, "number_accuracy": 0.2, "number_majority": 0.2},
     **{"location_auroc": 0.5, "retrieval_accuracy": 0.1, "retrieval_chance": 0.1},
