@@ -26,7 +26,7 @@ fi
 python -m monai.bundle run training \
   --config_file "['$pretrain/configs/train.yaml','$pretrain/configs/small.yaml']" \
   --bundle_root $pretrain --dataset_dir "$scans" "${cases[@]}" \
-  --output_dir $run --ckpt_dir $run/models \
+  --output_dir $run --ckpt_dir $run/models --overwrite true \
   --batch_size 2 --crops_per_volume 3 --val_fraction 0.2
 python -m tools figures $run/metrics.csv $run/figures/curves.png
 
@@ -46,7 +46,7 @@ segment() { # name, options of training
   python -m monai.bundle run training \
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml']" \
     --bundle_root $btcv --dataset_dir $scans "${cases[@]}" --label_fraction 0.34 \
-    --output_dir "$run/$name" --ckpt_dir "$run/$name/models" \
+    --output_dir "$run/$name" --ckpt_dir "$run/$name/models" --overwrite true \
     --batch_size 2 --crops_per_volume 1 --roi_size "[48,48,48]" --epochs 40 --val_interval 40 "$@"
   python -m monai.bundle run evaluating \
     --config_file "['$btcv/configs/train.yaml','$btcv/configs/small.yaml','$btcv/configs/evaluate.yaml']" \

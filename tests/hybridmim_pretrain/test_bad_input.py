@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
@@ -130,7 +132,7 @@ SETTINGS = [
     ({"dropout_stages": [5]}, "dropout_stages must be among 0 … 4, found [5]"),
     ({"weight_num": -1}, "loss weights must be 0 or more"),
     ({"temperature": 0}, "temperature must be above 0, found 0"),
-    ({"resume": "maybe"}, "found 'maybe', expected true or false"),
+    ({"resume": "maybe"}, "resume: found 'maybe', expected true, false or auto"),
 ]
 
 
@@ -227,11 +229,11 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(workflow, ct_sca
     options = {**TINY, "dataset_dir": str(ct_scans), "cache": "none"}
     workflow("train", ["train", "small"], **options, epochs=1).run()
     models = tmp_path / "models"
-    before = {path.name: path.read_bytes() for path in models.iterdir()}
+    before = {path.name: path.read_bytes() for path in models.iterdir() if not path.name.startswith("run.")}
 
     divide = "$@load + [monai.transforms.Lambdad('image', lambda x: x / 0)] + @draw"
     infinite = {"train#preprocessing": {"_target_": "Compose", "transforms": divide}}
-    flow = workflow("train", ["train", "small"], **options, epochs=2, resume=True, **infinite)
+    flow = workflow("train", ["train", "small"], **options, epochs=2, resume=True, resume_changed=True, **infinite)
     with pytest.raises(RuntimeError) as error:
         flow.run()
     error = root_cause(error.value)
@@ -242,8 +244,46 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_checkpoint(workflow, ct_sca
     named = re.findall(rf"{ct_scans}/(ct_\d.nii.gz)", message)
     assert len(named) == TINY["batch_size"]
     assert message.endswith(f"the last good checkpoint is {models / 'checkpoint_epoch=1.pt'}")
-    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
+    assert {name: (models / name).read_bytes() for name in before} == before
+    assert {path.name for path in models.iterdir()} == {*before, "run.json", "run.lock"}  # this process lives
     assert len(read_metrics(tmp_path / "out/metrics.csv")) == 1
+
+
+def spoiled(flow, steps):
+    """Weights before and after each step, if the scans of some steps are infinite."""
+    trainer, seen = flow.parser.get_parsed_content("train#trainer"), []
+    parameter = next(flow.parser.get_parsed_content("network_def").parameters())
+    spoil = Events.ITERATION_STARTED(event_filter=lambda engine, step: step in steps)
+    trainer.add_event_handler(spoil, lambda engine: engine.state.batch["image"].fill_(math.inf))
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: seen.append([parameter.detach().clone()]))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen[-1].append(parameter.detach().clone()))
+    return seen
+
+
+def test_a_step_with_a_bad_loss_can_be_skipped(workflow, ct_scans, tmp_path, capsys):
+    options = {**TINY, "dataset_dir": str(ct_scans), "epochs": 2, "on_bad_loss": "skip"}
+    flow = workflow("train", ["train", "small"], **options)
+    seen = spoiled(flow, {2})
+    flow.run()
+    assert [torch.equal(*pair) for pair in seen] == [False, True, False, False]
+    moments = flow.parser.get_parsed_content("train#optimizer").state.values()
+    assert {int(state["step"]) for state in moments} == {3}
+    assert "WARNING: step skipped, the 1. of this start: the loss is not finite at step 2" in capsys.readouterr().out
+    assert all(math.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "out/metrics.csv"))
+    batch = torch.load(tmp_path / "out/bad_batch_step=2_rank=0.pt", weights_only=True)
+    assert batch["image"].isinf().all() and len(batch["file"]) == TINY["batch_size"]
+
+
+def test_too_many_bad_losses_in_a_row_stop_the_run(workflow, ct_scans):
+    options = {**TINY, "dataset_dir": str(ct_scans), "epochs": 3, "on_bad_loss": "skip", "bad_loss_limit": 1}
+    flow = workflow("train", ["train", "small"], **options)
+    seen = spoiled(flow, {1, 3, 4})
+    with pytest.raises(RuntimeError) as error:
+        flow.run()
+    assert str(root_cause(error.value)).startswith(
+        "2 steps in a row (bad_loss_limit: 1): the loss is not finite at step 4"
+    )
+    assert len(seen) == 4
 
 
 # ---------------------------------------------------------------------------------------- by the command itself

@@ -107,7 +107,7 @@ def test_training_writes_checkpoints_that_hold_no_code(trained):
     models = trained[0] / "models"
     written = {path.name for path in models.iterdir()}
     kept = {f"checkpoint_epoch={epoch}.pt" for epoch in (EPOCHS - 1, EPOCHS)}
-    assert written == {"model.pt", "model.json", "backbone.pt", "backbone.json"} | kept
+    assert written == {"model.pt", "model.json", "backbone.pt", "backbone.json", "run.json"} | kept
     weights = (name for name in written if name.endswith(".pt"))
     content = {name: torch.load(models / name, weights_only=True) for name in weights}
     last = content[f"checkpoint_epoch={EPOCHS}.pt"]

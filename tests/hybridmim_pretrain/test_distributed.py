@@ -112,7 +112,7 @@ def test_only_one_process_writes(trained):
     for place in (folder / "out", folder / "out/validation"):
         assert len(list(place.glob("events.out.tfevents.*"))) == 1
     written = {path.name for path in (folder / "models").iterdir()}
-    checkpoints = {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
+    checkpoints = {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "run.json"}
     assert written == {"model.pt", "model.json", "backbone.pt", "backbone.json"} | checkpoints
     assert not list(folder.rglob(".*"))  # no temporary file left
 

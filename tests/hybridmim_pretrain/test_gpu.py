@@ -22,7 +22,7 @@ def test_it_trains_and_resumes(run_bundle, ct_scans, tmp_path, overlays):
     options |= SWIN if "swin_unetr" in overlays else {}
     options |= {"output_dir": tmp_path / "out", "ckpt_dir": tmp_path / "models"}
     run_bundle("training", ["train", *overlays], epochs=2, **options)
-    run_bundle("training", ["train", *overlays], epochs=3, resume="true", **options)
+    run_bundle("training", ["train", *overlays], epochs=3, resume="true", resume_changed="true", **options)
     rows = read_metrics(tmp_path / "out/metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     weights = torch.load(tmp_path / "models/backbone.pt", weights_only=True)

@@ -101,7 +101,7 @@ def test_only_a_better_validation_replaces_the_best_weights(train, tmp_path, bes
     train(epochs=2)
     edit_checkpoint(tmp_path / "models/checkpoint_epoch=2.pt", lambda content: content["best"].update(best=best))
     before = {name: (tmp_path / "models" / name).read_bytes() for name in ("model.pt", "backbone.pt")}
-    train(epochs=3, resume=True)
+    train(epochs=3, resume=True, resume_changed=True)
     assert len(read_metrics(tmp_path / "out/metrics.csv")) == 3
     for name, content in before.items():
         assert ((tmp_path / "models" / name).read_bytes() != content) == replaced
@@ -110,10 +110,10 @@ def test_only_a_better_validation_replaces_the_best_weights(train, tmp_path, bes
 def test_a_resumed_run_keeps_its_seed(train, tmp_path):
     """Continuing with the draws of another seed would be neither of the two runs."""
     train(epochs=2, seed=5)
-    flow = train(epochs=3, seed=5, resume=True)
+    flow = train(epochs=3, seed=5, resume=True, resume_changed=True)
     assert flow.parser.get_parsed_content("train#handlers#0").seed == 5
     edit_checkpoint(tmp_path / "models/checkpoint_epoch=3.pt", lambda content: content["random"].update(seed=7))
-    flow = train(epochs=4, seed=5, resume=True)
+    flow = train(epochs=4, seed=5, resume=True, resume_changed=True)
     assert flow.parser.get_parsed_content("train#handlers#0").seed == 7
 
 

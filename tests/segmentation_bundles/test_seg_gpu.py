@@ -30,7 +30,7 @@ def test_it_resumes_segments_and_exports(run_bundle, command, samples, tmp_path,
     name, overlays = "hippocampus", [] if network == "unet" else [network]
     shape = {**sizes(name, network), **places(tmp_path)}
     for epochs, resume in ((1, "false"), (2, "true")):
-        options = {**TINY_TRAINING, **shape, "epochs": epochs, "resume": resume}
+        options = {**TINY_TRAINING, **shape, "epochs": epochs, "resume": resume, "resume_changed": resume}
         run_bundle(name, "training", ["train", *overlays], dataset_dir=samples(name), **options)
     assert [row["epoch"] for row in read_metrics(tmp_path / "out/metrics.csv")] == ["1", "2"]
 

@@ -37,6 +37,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from tools.common.files import atomic_path
+from tools.common.processes import is_alive, process_mark
 from tools.common.text import bytes_text
 
 FORMAT = 1  # increase it when older entries cannot be read any more
@@ -358,7 +359,7 @@ def memory_folder() -> Path:
         _remove_unused(folder)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     folder = root / f"{RUN_FOLDER}{'port-' + os.environ['MASTER_PORT'] if several else os.getpid()}"
-    mark = folder / _process_mark(psutil.Process())
+    mark = folder / f"{process_mark()}.process"
     while not mark.exists():
         folder.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileNotFoundError):  # another start has removed the folder, as it did not name a process yet
@@ -368,23 +369,12 @@ def memory_folder() -> Path:
 
 
 def _leave(mark: Path) -> None:
-    if mark.name == _process_mark(psutil.Process()):  # not in a process that was forked from this one
+    if mark.stem == process_mark():  # not in a process that was forked from this one
         mark.unlink(missing_ok=True)
         _remove_unused(mark.parent)
 
 
 def _remove_unused(folder: Path) -> None:
     """Remove the folder of a run, if none of its processes is alive."""
-    if not any(_is_alive(mark) for mark in folder.glob("*.process")):
+    if not any(is_alive(mark.stem) for mark in folder.glob("*.process")):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _process_mark(process: psutil.Process) -> str:
-    return f"{process.pid}-{process.create_time():.0f}.process"  # the time: numbers of processes are used again
-
-
-def _is_alive(mark: Path) -> bool:
-    try:
-        return _process_mark(psutil.Process(int(mark.name.split("-")[0]))) == mark.name
-    except (psutil.NoSuchProcess, ValueError):
-        return False

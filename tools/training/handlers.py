@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointSaver
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tools.common.cards import save_weights
+from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
 from tools.weights.checkpoints import newest_checkpoint
@@ -183,8 +186,7 @@ class MetricsCSV:
         self.path = Path(path)
         self.validator = validator
         self._validation: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._iterations = 0
+        self._sums: dict[str, Tensor] = {}  # term → sum of its finite values, and their number
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, after the handler that validates."""
@@ -194,21 +196,19 @@ class MetricsCSV:
         self.validator.add_event_handler(Events.COMPLETED, self._keep_validation)
 
     def _reset(self) -> None:
-        self._validation, self._sums, self._iterations = {}, {}, 0
+        self._validation, self._sums = {}, {}
 
     def _add(self, engine: Engine) -> None:
-        self._iterations += 1
         for name, value in loss_terms(engine.state.output).items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
+            finite = value.isfinite()  # others belong to steps that are skipped
+            self._sums[name] = self._sums.get(name, 0) + torch.stack([value.double().where(finite, 0), finite.double()])
 
     def _keep_validation(self, validator: Engine) -> None:
         self._validation = {f"val_{name}": value for name, value in validator.state.metrics.items()}
 
     def _write(self, engine: Engine) -> None:
-        means = {
-            name: idist.all_reduce(float(total)) / self._iterations / idist.get_world_size()
-            for name, total in self._sums.items()
-        }
+        sums = {name: [idist.all_reduce(x) for x in pair.tolist()] for name, pair in self._sums.items()}
+        means = {name: total / number if number else math.nan for name, (total, number) in sums.items()}
         if idist.get_rank() > 0:
             return
         row = {"epoch": engine.state.epoch, **means, **self._validation}
@@ -353,34 +353,64 @@ class GradientClipping:
         nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
-class StopOnBadLoss:
-    """Stops the run when the loss is not finite: on CPUs before the weights are updated; on GPUs within half a second.
+class GuardLoss:
+    """Looks for losses that are not finite: stops the run, or skips the step. The batch is saved for inspection.
 
-    A GPU computes later than Python runs, and reading a loss waits for it. So the losses of a GPU are checked together,
-    twice a second and at the end of each epoch, before anything is saved.
+    `stop`: on CPUs before the weights are updated; on GPUs within half a second. A GPU computes later than Python runs,
+    and reading a loss waits for it. So the losses of a GPU are checked together, twice a second and at the end of each
+    epoch, before anything is saved.
+
+    `skip`: no process updates its weights in a step in which the loss of one is not finite. Every step waits for the
+    GPU.
 
     Args:
+        network: network whose gradients are dropped in a step that is skipped.
         ckpt_dir: folder of the training checkpoints, for the error message.
+        output_dir: folder of the saved batches, `bad_batch_step=N_rank=R.pt`.
+        on_bad_loss: `stop` or `skip`.
+        limit: number of steps in a row that are skipped; one more stops the run.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the step, the loss terms, the files of the batch
             and the last good checkpoint.
+        ValueError: `on_bad_loss` is unknown.
     """
 
-    def __init__(self, ckpt_dir: str | Path) -> None:
-        self.ckpt_dir = Path(ckpt_dir)
-        self._unchecked: list[tuple[int, int, list[str], dict[str, Tensor]]] = []
+    def __init__(
+        self,
+        network: nn.Module,
+        ckpt_dir: str | Path,
+        output_dir: str | Path,
+        on_bad_loss: str = "stop",
+        limit: int = 10,
+    ) -> None:
+        if on_bad_loss not in ("stop", "skip"):
+            raise ValueError(f"on_bad_loss: found {on_bad_loss!r}, expected stop or skip")
+        self.network = network
+        self.ckpt_dir, self.output_dir = Path(ckpt_dir), Path(output_dir)
+        self.skips = on_bad_loss == "skip"
+        self.limit = limit
+        self.skipped = self.in_a_row = 0
+        self._bad = False  # this step, on any rank
+        self._unchecked: list[tuple[int, int, Mapping[str, Any], dict[str, Tensor]]] = []
         self._checked = -math.inf
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the trainer, before handlers that validate or save."""
+        """Attach to the trainer, before handlers that validate or save, or look at gradients."""
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
+        if self.skips:
+            engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._drop_gradients)
+        else:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
 
     def __call__(self, engine: Engine) -> None:
         """Note the loss of this step, and check those that were noted if it is time."""
         terms, state = loss_terms(engine.state.output), engine.state
-        self._unchecked.append((state.iteration, state.epoch, list(state.batch["file"]), terms))
+        noted = (state.iteration, state.epoch, state.batch, terms)
+        if self.skips:
+            self._judge(noted)
+            return
+        self._unchecked.append(noted)
         if terms["loss"].is_cpu or time.monotonic() - self._checked >= WAIT:
             self._check()
 
@@ -390,13 +420,38 @@ class StopOnBadLoss:
         if not noted:
             return
         finite = torch.stack([terms["loss"].isfinite() for *_, terms in noted]).tolist()
-        if all(finite):
-            return
-        step, epoch, files, terms = noted[finite.index(False)]
+        if not all(finite):
+            raise FloatingPointError(self._text(*noted[finite.index(False)]))
+
+    def _judge(self, noted: tuple[int, int, Mapping[str, Any], dict[str, Tensor]]) -> None:
+        own = not bool(noted[-1]["loss"].isfinite())
+        self._bad = idist.all_reduce(float(own)) > 0
+        self.in_a_row = self.in_a_row + 1 if self._bad else 0
+        self.skipped += self._bad
+        if own:
+            text = self._text(*noted)
+            tqdm.write(f"WARNING: step skipped, the {self.skipped}. of this start: {text}")
+        if self.in_a_row > self.limit:
+            text = text if own else "the loss of another process is not finite"
+            raise FloatingPointError(f"{self.in_a_row} steps in a row (bad_loss_limit: {self.limit}): {text}")
+
+    def _drop_gradients(self, engine: Engine) -> None:
+        if self._bad:
+            for parameter in self.network.parameters():
+                if engine.scaler is None:
+                    parameter.grad = None
+                elif parameter.grad is not None:  # MONAI's scaler of gradients wants some, and skips these
+                    parameter.grad.fill_(math.nan)
+
+    def _text(self, step: int, epoch: int, batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> str:
         found = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        files = sorted(set(batch["file"]))
+        path = self.output_dir / f"bad_batch_step={step}_rank={idist.get_rank()}.pt"
+        tensors = {name: convert_to_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
+        with suppress(OSError, RuntimeError), atomic_path(path) as temporary:  # a full disk must not hide the loss
+            torch.save({**tensors, "file": list(batch["file"]), "step": step}, temporary)
+        saved = f", saved as {path}" if path.exists() else ""
         last = newest_checkpoint(self.ckpt_dir)
-        raise FloatingPointError(
-            f"the loss is not finite at step {step} (epoch {epoch}): {found}; "
-            f"batch: {', '.join(sorted(set(files)))}; "
-            + (f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet")
+        return f"the loss is not finite at step {step} (epoch {epoch}): {found}; batch{saved}: {', '.join(files)}; " + (
+            f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         )

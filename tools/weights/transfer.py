@@ -246,7 +246,13 @@ def load_pretrained(
     return Transfer(network, report)
 
 
-def load_start(network: nn.Module, backbone: nn.Module, init_from: str | None, resume: bool = False) -> Transfer:
+def load_start(
+    network: nn.Module,
+    backbone: nn.Module,
+    init_from: str | None,
+    resume: bool | str = False,
+    resumed: bool = False,
+) -> Transfer:
     """Load weights into a network of pre-training, in place, to train on from them.
 
     Args:
@@ -255,20 +261,21 @@ def load_start(network: nn.Module, backbone: nn.Module, init_from: str | None, r
             too, as far as the file has it.
         init_from: a `model.pt` of pre-training, whose heads are loaded if all of them fit, or other weights, as in
             `load_pretrained`; None loads nothing.
-        resume: whether the run continues an interrupted one, which loads weights of its own.
+        resume: true, false or auto.
+        resumed: whether the run continues an interrupted one, which loads weights of its own.
 
     Raises:
-        ValueError: both `init_from` and `resume`.
+        ValueError: both `init_from` and `resume: true`.
         WeightsError: as in `load_pretrained`; the encoder must be filled to 90 %.
         CardError: as in `load_pretrained`.
     """
-    if init_from is None:
-        return Transfer(network, TransferReport(None))
-    if resume:
+    if str(resume).lower() == "true" and init_from is not None:
         raise ValueError(
             f"init_from: found {init_from}, together with resume: true; expected one of them: resume continues the run "
-            "in ckpt_dir, init_from starts a new one from weights"
+            "in ckpt_dir, init_from starts a new one from weights (auto does whichever can be done)"
         )
+    if init_from is None or resumed:
+        return Transfer(network, TransferReport(None))
     weights, report = _plan(backbone, init_from, None, False, None)
     encoder = [tensor for tensor in report.tensors if is_encoder(tensor.name)]
     _require(replace(report, tensors=encoder), 0.9, adjustable=False)

@@ -18,10 +18,10 @@ from tools.common.tables import read_metrics, report_metrics
 from tools.training import handlers
 from tools.training.handlers import (
     BestWeights,
+    GuardLoss,
     MetricsCSV,
     ProgressBar,
     SaveCheckpoints,
-    StopOnBadLoss,
     ValidateEpochs,
     ValidationSchedule,
 )
@@ -156,6 +156,11 @@ def test_a_schedule_out_of_range_is_refused(interval, share, named):
         ValidationSchedule(interval, share)
 
 
+def test_a_word_for_bad_losses_that_is_unknown_is_named(tmp_path):
+    with pytest.raises(ValueError, match="on_bad_loss: found 'ignore', expected stop or skip"):
+        GuardLoss(torch.nn.Linear(1, 1), tmp_path, tmp_path, "ignore")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     for epoch in (2, 10):
@@ -168,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
 
     trainer._process_function = step
-    StopOnBadLoss(tmp_path).attach(trainer)
+    GuardLoss(torch.nn.Linear(1, 1), tmp_path, tmp_path / "out").attach(trainer)
     with pytest.raises(FloatingPointError) as error:
         trainer.run()
     for part in (f"loss {value}", "step 1 (epoch 1)", "loss_pr 0.25", "/scans/a.nii.gz", "checkpoint_epoch=10.pt"):
@@ -198,12 +203,13 @@ def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, m
         assert len(read) == 1, "a step waited for the device"
 
     trainer._process_function = step
-    StopOnBadLoss(tmp_path).attach(trainer)
+    GuardLoss(torch.nn.Linear(1, 1), tmp_path, tmp_path / "out").attach(trainer)
     SaveCheckpoints(str(tmp_path), {"trainer": trainer}, save_interval=1, n_saved=2).attach(trainer)
     with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1\).*/scans/2\.nii\.gz.*no checkpoint"):
         trainer.run()
     assert trainer.state.iteration == 3  # the epoch ends, but nothing is saved after it
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.pt"))
+    assert torch.load(tmp_path / "out/bad_batch_step=2_rank=0.pt")["file"] == ["/scans/2.nii.gz"]
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(2, {2, 4, 5}), (5, {5}), (9, {5})])
