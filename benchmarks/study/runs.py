@@ -32,7 +32,7 @@ from benchmarks.study.machine import cores, describe
 from benchmarks.study.plan import Run
 from benchmarks.study.settings import PRETRAIN, ROOT, Study, differences
 from tools.common.files import write_json
-from tools.weights.checkpoints import newest_checkpoint
+from tools.weights.training_checkpoints import newest_checkpoint
 
 DONE, COMMAND, LOG = "done.json", "command.sh", "log.txt"
 WRITTEN = {"pretrain": "models/backbone.pt", "finetune": "models/model.pt", "test": "evaluation_cases.csv"}

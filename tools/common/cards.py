@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.common.files import atomic_path
+from tools.common.files import atomic_path, write_tensors
 
 FORMAT = 1  # of the cards written here; higher if an older reader would misunderstand them
 NUMBER = (int, float)
@@ -62,9 +62,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], card: Mapping[st
     the first weights of a run could be left without a card.)
     """
     content = {"format": FORMAT, "sha256": digest(state), **card}
-    with atomic_path(path) as weights, atomic_path(card_path(path)) as beside:  # the last takes its place first
-        torch.save(state, weights)
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as weights:
+        write_tensors(weights, state)
+        with atomic_path(card_path(path)) as beside:  # takes its place first
+            beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_card(weights: str | Path) -> dict[str, Any] | None:

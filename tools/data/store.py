@@ -136,8 +136,9 @@ class Store:
                 with atomic_path(path) as temporary:
                     temporary.write_bytes(content)
         except OSError as error:
+            reason = getattr(error.__cause__, "strerror", error.strerror)
             raise NotStoredError(
-                f"{self.folder}: {error.strerror or error}: {bytes_text(self.room())} free, {bytes_text(need)} needed",
+                f"{self.folder}: {reason}: {bytes_text(self.room())} free, {bytes_text(need)} needed",
                 need,
             ) from error
 

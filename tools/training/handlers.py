@@ -15,16 +15,15 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
-from monai.handlers import CheckpointSaver
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tools.common.cards import save_weights
-from tools.common.files import atomic_path
+from tools.common.files import atomic_path, remove_leftovers
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
-from tools.weights.checkpoints import newest_checkpoint
+from tools.weights.training_checkpoints import newest_checkpoint, save_checkpoint
 
 WAIT = 0.5  # seconds between two looks at a value that is still on the device
 
@@ -190,6 +189,8 @@ class MetricsCSV:
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, after the handler that validates."""
+        if idist.get_rank() == 0:
+            remove_leftovers(self.path.parent)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
@@ -312,24 +313,33 @@ class BestWeights:
         self.best = state["best"]
 
 
-class SaveCheckpoints(CheckpointSaver):
-    """MONAI's `CheckpointSaver` with an interval in epochs, which also saves after the last epoch.
+class SaveCheckpoints:
+    """Saves the training state every so many epochs and after the last one (rank 0 only).
 
     Args:
-        save_dir: folder to write to.
-        save_dict: name → object with a `state_dict`.
-        save_interval: number of epochs between checkpoints.
-        n_saved: number of checkpoints to keep.
+        folder: folder to write to.
+        state: name → object with a `state_dict`.
+        interval: number of epochs between checkpoints.
+        kept: number of checkpoints to keep.
     """
 
+    def __init__(self, folder: str | Path, state: Mapping[str, Any], interval: int, kept: int) -> None:
+        self.folder = Path(folder)
+        self.state = state
+        self.interval = interval
+        self.kept = kept
+
     def attach(self, engine: Engine) -> None:
-        """Attach to the trainer."""
-        super().attach(engine)
+        """Attach to the trainer, after all other handlers; remove what a killed run was writing."""
+        remove_leftovers(self.folder)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-        def last_and_not_due(trainer: Engine, epoch: int) -> bool:
-            return epoch == trainer.state.max_epochs and epoch % self.save_interval != 0
-
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=last_and_not_due), self.interval_completed)
+    def __call__(self, engine: Engine) -> None:
+        """Save if it is time."""
+        epoch = engine.state.epoch
+        if epoch % self.interval == 0 or epoch == engine.state.max_epochs:
+            content = {name: part.state_dict() for name, part in self.state.items()}
+            save_checkpoint(self.folder, content, epoch, None, self.kept)
 
 
 class GradientClipping:

@@ -30,7 +30,7 @@ from tools.common.tables import print_table
 from tools.common.text import first_lines, parse_bool
 from tools.data.scans import paths_of
 from tools.training.locks import FolderLock
-from tools.weights.checkpoints import newest_checkpoint
+from tools.weights.training_checkpoints import newest_checkpoint
 
 NAME = "run.json"
 # what a run writes to its two folders; caches and results of checks stay

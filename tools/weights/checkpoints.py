@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
     if not path.is_file():
         raise WeightsError(f"{path}: {'is a folder' if path.is_dir() else 'no such checkpoint'}")
     try:
-        _check_expansion(path)
+        _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, on old formats
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,16 +81,20 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def _check_expansion(path: Path) -> None:
-    """Refuse an archive that claims to unpack to many times its size."""
-    if is_zipfile(path):
-        with ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that claims to unpack to many times its size, or is not what was written."""
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
         if claimed > LARGEST_EXPANSION * path.stat().st_size:
             raise WeightsError(
                 f"{path}: found an archive of {bytes_text(path.stat().st_size)} that unpacks to {bytes_text(claimed)}, "
                 "expected a checkpoint, which is hardly compressed"
             )
+        # torch stores the CRC-32 of every tensor and does not read it
+        if damaged := archive.testzip():
+            raise WeightsError(f"{path}: damaged: {damaged} in it does not have the checksum that it was written with")
 
 
 def _is_state(content: object) -> bool:
@@ -209,12 +213,3 @@ def describe(state: Mapping[str, Tensor]) -> str:
             size = "" if stem is None else f" with {stem.shape[1]} input channel(s) and {stem.shape[0]} features"
             return kind + size
     return "another network"
-
-
-def newest_checkpoint(ckpt_dir: str | Path) -> Path | None:
-    """Return the complete `checkpoint_epoch=N.pt` with the highest N, if any.
-
-    A run that was killed while saving leaves an incomplete file, which is not a valid zip archive.
-    """
-    found = (path for path in Path(ckpt_dir).glob("checkpoint_epoch=*.pt") if is_zipfile(path))
-    return max(found, key=lambda path: int(path.stem.partition("=")[2]), default=None)

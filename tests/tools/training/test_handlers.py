@@ -25,7 +25,6 @@ from tools.training.handlers import (
     ValidateEpochs,
     ValidationSchedule,
 )
-from tools.weights.checkpoints import newest_checkpoint
 
 
 class FakeTrainer(Trainer):
@@ -204,7 +203,7 @@ def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, m
 
     trainer._process_function = step
     GuardLoss(torch.nn.Linear(1, 1), tmp_path, tmp_path / "out").attach(trainer)
-    SaveCheckpoints(str(tmp_path), {"trainer": trainer}, save_interval=1, n_saved=2).attach(trainer)
+    SaveCheckpoints(tmp_path, {"trainer": trainer}, interval=1, kept=2).attach(trainer)
     with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1\).*/scans/2\.nii\.gz.*no checkpoint"):
         trainer.run()
     assert trainer.state.iteration == 3  # the epoch ends, but nothing is saved after it
@@ -216,20 +215,9 @@ def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, m
 def test_the_last_epoch_is_always_saved_and_once(tmp_path, interval, expected):
     trainer, _ = engines(epochs=5)
     network = torch.nn.Linear(1, 1)
-    SaveCheckpoints(str(tmp_path), {"model": network, "trainer": trainer}, save_interval=interval, n_saved=5).attach(
-        trainer
-    )
+    SaveCheckpoints(tmp_path, {"model": network, "trainer": trainer}, interval=interval, kept=5).attach(trainer)
     trainer.run()
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint_epoch={epoch}.pt" for epoch in expected}
-
-
-def test_newest_checkpoint_counts_epochs(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    for epoch in (9, 10, 2, 11):
-        torch.save({"epoch": epoch}, tmp_path / f"checkpoint_epoch={epoch}.pt")
-    half = tmp_path / "checkpoint_epoch=11.pt"  # as a killed run leaves it
-    half.write_bytes(half.read_bytes()[:-100])
-    assert newest_checkpoint(tmp_path).name == "checkpoint_epoch=10.pt"
 
 
 def test_report_writes_what_it_prints(tmp_path, capsys):
