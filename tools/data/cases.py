@@ -223,6 +223,8 @@ def _first_names(paths: Sequence[Path]) -> str:
 
 def _pair_by_name(images: list[Path], labels: list[Path], image_folder: str, label_folder: str) -> Pairing:
     found = Pairing()
+    if not labels:
+        return found
     by_name = {stem_of(path): path for path in labels}
     cases: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))  # name → channel → files
     for path in images:
@@ -230,7 +232,7 @@ def _pair_by_name(images: list[Path], labels: list[Path], image_folder: str, lab
         numbered = match is not None and stem_of(path) not in by_name and match[1] in by_name
         name, channel = match.groups() if numbered else (stem_of(path), "")
         cases[name][channel].append(path)
-    if images and labels and not cases.keys() & by_name.keys():
+    if images and not cases.keys() & by_name.keys():
         found.problems.append(
             f"no image and label share a name: found {_first_names(images)} in {image_folder} and "
             f"{_first_names(labels)} in {label_folder}, expected the label X.nii.gz of each image X.nii.gz (or of "

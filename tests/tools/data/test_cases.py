@@ -226,7 +226,10 @@ def test_nnunet_cases_have_a_file_for_each_channel(tmp_path, described):
     if described:
         write_json(tmp_path / "dataset.json", {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".mha"})
     assert find_cases(tmp_path, "msd") == [
-        {"image": [f"{tmp_path}/imagesTr/{name}_{n:04d}.mha" for n in (0, 1)], "label": f"{tmp_path}/labelsTr/{name}.mha"}
+        {
+            "image": [f"{tmp_path}/imagesTr/{name}_{n:04d}.mha" for n in (0, 1)],
+            "label": f"{tmp_path}/labelsTr/{name}.mha",
+        }
         for name in ("a", "b_7")
     ]
     (tmp_path / "imagesTr/a_0000.mha").unlink()
