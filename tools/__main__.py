@@ -10,6 +10,7 @@ from tools.commands.bundles import bundles
 from tools.commands.check import check
 from tools.commands.compare import compare
 from tools.commands.datalist import brats, btcv, msd, pretrain
+from tools.commands.new_bundle import new_bundle
 from tools.common.command_line import keep_text
 from tools.results.figures import curves_figure
 from tools.samples.sample_data import sample_data
@@ -27,6 +28,7 @@ COMMANDS = {
     "figures": curves_figure,
     "install": install,
     "monailabel": serve,
+    "new_bundle": new_bundle,
     "release": release,
     "sample_data": sample_data,
     "transfer": {"inspect": inspect},

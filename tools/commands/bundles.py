@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ CHOICES = {  # allowed values of facts that the template's conditions use
     "intensity": ("hu_window", "percentiles", "z_score"),
     "activation": ("softmax", "sigmoid"),
     "empty": ("skip", "brats"),
+}
+DEFAULTS: dict[str, Any] = {"authors": "HybridMIM Bundles contributors", "val_overlap": 0.25}
+PREPARED: dict[str, dict[str, Any]] = {  # facts that have a default for each way of scaling intensities
+    "scaled_to": {"hu_window": [0.0, 1.0], "percentiles": [0.001, 1.0], "z_score": []},
+    "foreground_above": {"hu_window": 0.0, "percentiles": 0.01, "z_score": None},
 }
 COMMENT = re.compile(r"(.*\S) +(?=# )")
 COLUMN = re.compile(r"^(.*)\0(\d+)\0", re.MULTILINE)  # text, and the column of the comment after it
@@ -54,30 +60,41 @@ def bundles(output: str | Path = BUNDLES) -> None:
 
 
 def bundle_files(facts: Path) -> dict[str, str]:
+    """Do as `render`, with the facts in a file; errors name it."""
+    try:
+        return render({"name": facts.stem, **(yaml.safe_load(facts.read_text(encoding="utf-8")) or {})})
+    except ValueError as error:
+        raise ValueError(f"{facts}: {error}") from error
+
+
+def render(facts: Mapping[str, Any]) -> dict[str, str]:
     """Render the template with the facts of one bundle: path in the bundle → text of the file.
 
     Raises:
         ValueError: a fact is missing or wrong.
     """
-    template, known = _template(), yaml.safe_load(facts.read_text(encoding="utf-8")) or {}
-    written = {}
+    template, written = _template(), {}
     try:
-        known = {"name": facts.stem, **known, **_derived(known)}
+        known = {**DEFAULTS, **facts}
+        known |= _derived(known)
         for name in template.list_templates():
             if not name.startswith(PARTS):
-                text = template.get_template(name).render(known)
+                text = template.get_template(name).render(_in_json(known) if name.endswith(".json") else known)
                 written[name] = COLUMN.sub(lambda line: f"{line[1]:<{int(line[2]) - 1}} ", text)
-        json.loads(written["configs/metadata.json"])
-    except json.JSONDecodeError as error:
-        line = written["configs/metadata.json"].splitlines()[error.lineno - 1].strip()
-        raise ValueError(
-            f'{facts}: metadata.json would be no JSON ({error.msg}), expected no " or \\ in: {line}'
-        ) from error
     except KeyError as error:
-        raise ValueError(f"{facts}: {error} is missing") from error
-    except (UndefinedError, ValueError) as error:
-        raise ValueError(f"{facts}: {error}") from error
+        raise ValueError(f"{error} is missing") from error
+    except UndefinedError as error:
+        raise ValueError(str(error)) from error
     return written
+
+
+def _in_json(value: Any) -> Any:
+    """Facts whose texts can stand between the quotation marks of JSON."""
+    if isinstance(value, Mapping):
+        return {key: _in_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_in_json(one) for one in value]
+    return json.dumps(value, ensure_ascii=False)[1:-1] if isinstance(value, str) else value
 
 
 @cache
@@ -116,7 +133,12 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
         ]
     if unknown := facts["no_flips"].keys() - set(AXES):
         raise ValueError(f"no_flips names {sorted(unknown)}, expected of {list(AXES)}")
+    scaled, above = (facts.get(key, known[facts["intensity"]]) for key, known in PREPARED.items())
     return {
+        "scaled_to": scaled,
+        "scaled_text": "…".join(f"{end:g}" for end in scaled),
+        "foreground_above": above,
+        "foreground_hu": _unscaled(above, scaled, facts["window"]) if facts["intensity"] == "hu_window" else None,
         "labels": labels,
         "label_text": ", ".join(f"{value} {name}" for value, name in labels.items()),
         "class_text": ", ".join(f"{name} ({note})" if note else name for name, note in described),
@@ -126,6 +148,11 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
         # SwinUNETR needs multiples of 32 voxels, at least 64
         "swin_roi_size": [max(64, math.ceil(side / 32) * 32) for side in facts["roi_size"]],
     }
+
+
+def _unscaled(value: float, scaled: list[float], window: list[float]) -> str:
+    """The intensity that is scaled to a value."""
+    return f"{window[0] + (value - scaled[0]) / (scaled[1] - scaled[0]) * (window[1] - window[0]):g}"
 
 
 def _spacing_text(spacing: list[float]) -> str:
@@ -152,5 +179,10 @@ def _with_columns(file: Path) -> str:
 
 def _as_yaml(value: Any) -> Any:
     if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
+        return f"[{', '.join(_item_as_yaml(item) for item in value)}]"
     return "null" if value is None else value
+
+
+def _item_as_yaml(item: Any) -> str:
+    """An item of a list; a text that YAML would read as something else is quoted, such as 0001."""
+    return json.dumps(item) if isinstance(item, str) and yaml.safe_load(item) != item else str(item)

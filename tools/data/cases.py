@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.data.datalists import datalist_items, read_datalist
+from tools.data.datalists import datalist_items, is_nnunet, load_datalist, read_datalist
 from tools.data.kinds import kind_of
 from tools.data.outputs import name_outputs, output_root
 from tools.data.rasters import voxel_file
@@ -37,6 +37,8 @@ Case = dict[str, Any]  # {"image": path, or a list with one path per channel; "l
 SECTIONS = ("training", "validation", "test")
 NIFTI = (".nii", ".nii.gz")
 SAME_CHANNEL = (("t1", "t1n"), ("t1ce", "t1c", "t1gd"), ("t2", "t2w"), ("flair", "t2f"))  # names in BraTS, by year
+FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # in nnU-Net, the name of a case and the number of the channel
 SEGMENTATION = re.compile(r"[_-]segm?$", re.IGNORECASE)  # Segm: one case of BraTS 2020
 
 
@@ -59,8 +61,9 @@ def find_cases(dataset_dir: str | Path, layout: str, modalities: Sequence[str] |
             image has a label are test sets, which are skipped.
         brats: `X_MODALITY.nii.gz` for each modality and `X_seg.nii.gz` in one folder, at any depth. Folders of several
             cases without any label are test sets, which are skipped.
-        msd: the `training` entries of `dataset.json`; without it, files of the same name in `imagesTr` and
-            `labelsTr`.
+        msd: the `training` entries of `dataset.json`; if it lists none (nnU-Net) or is missing, files of the same name
+            in `imagesTr` and `labelsTr`, or `images` and `labels`. As in nnU-Net, the name of an image may end in the
+            number of its channel: X_0000 and X_0001 belong to the label X.
 
     Args:
         dataset_dir: folder of the data set; the paths of the cases start with it.
@@ -207,9 +210,10 @@ def _other_names(modality: str) -> Sequence[str]:
 
 
 def _pair_msd(root: Path, modalities: Sequence[str] | None) -> Pairing:
-    images, labels = (_files_of_folder(root / name) for name in ("imagesTr", "labelsTr"))
-    if not (root / "dataset.json").is_file():
-        return _pair_by_name(images, labels)
+    folders = next((pair for pair in FOLDERS if any((root / name).is_dir() for name in pair)), FOLDERS[0])
+    images, labels = (_files_of_folder(root / name) for name in folders)
+    if not (root / "dataset.json").is_file() or is_nnunet(load_datalist(root / "dataset.json")):
+        return _pair_by_name(images, labels, *folders)
     found = Pairing()
     listed = datalist_items(root / "dataset.json", root, "training", labels=True)
     for case in listed:
@@ -231,26 +235,53 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return [path for path in paths if path.name.lower().endswith(EXTENSIONS) and not path.name.startswith(".")]
 
 
-def _pair_by_name(images: list[Path], labels: list[Path]) -> Pairing:
+def _first_names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + ", …" * (len(paths) > 3)
+
+
+def _pair_by_name(images: list[Path], labels: list[Path], image_folder: str, label_folder: str) -> Pairing:
     found = Pairing()
+    if not labels:
+        return found
     by_name = {stem_of(path): path for path in labels}
-    names = {stem_of(path) for path in images}
+    cases: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))  # name → channel → files
     for path in images:
-        label = by_name.get(stem_of(path))
-        if label is None:
-            found.problems.append(f"{path} has no label, expected {path.name} in labelsTr")
+        match = CHANNEL.fullmatch(stem_of(path))
+        numbered = match is not None and stem_of(path) not in by_name and match[1] in by_name
+        name, channel = match.groups() if numbered else (stem_of(path), "")
+        cases[name][channel].append(path)
+    if images and not cases.keys() & by_name.keys():
+        found.problems.append(
+            f"no image and label share a name: found {_first_names(images)} in {image_folder} and "
+            f"{_first_names(labels)} in {label_folder}, expected the label X.nii.gz of each image X.nii.gz (or of "
+            "X_0000.nii.gz, X_0001.nii.gz …): rename them, or give a datalist"
+        )
+        return found
+    channels = sorted({channel for name in cases.keys() & by_name.keys() for channel in cases[name]})
+    for name, files in cases.items():
+        paths = [path for channel in sorted(files) for path in files[channel]]
+        missing = [channel for channel in channels if channel not in files]
+        if name not in by_name:
+            found.problems.extend(f"{path} has no label, expected {path.name} in {label_folder}" for path in paths)
+        elif missing:
+            expected = " and ".join(f"{name}_{channel}" if channel else name for channel in missing)
+            names = ", ".join(path.name for path in paths)
+            found.problems.append(f"{name} lacks channels that others have: found {names}, expected {expected} too")
+        elif len(paths) > len(channels):
+            found.problems.extend(_ambiguous(twice) for twice in files.values() if len(twice) > 1)
         else:
-            found.cases.append({"image": str(path), "label": str(label)})
+            image = [str(path) for path in paths]
+            found.cases.append({"image": image if len(image) > 1 else image[0], "label": str(by_name[name])})
     for path in labels:
-        if stem_of(path) not in names:
-            found.problems.append(f"{path} has no image, expected {path.name} in imagesTr")
+        if stem_of(path) not in cases:
+            found.problems.append(f"{path} has no image, expected {path.name} in {image_folder}")
     return found
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path, Sequence[str] | None], Pairing], str]] = {
     "btcv": (_pair_btcv, "img0001.nii.gz with label0001.nii.gz, and so on, at any depth"),
     "brats": (_pair_brats, "folders X with X_MODALITY.nii.gz for each modality, and X_seg.nii.gz"),
-    "msd": (_pair_msd, "dataset.json, or files of the same names in imagesTr and labelsTr"),
+    "msd": (_pair_msd, "dataset.json, or files of the same names in imagesTr and labelsTr, or images and labels"),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tools.data.scans import ScanError, files_of, series_folder
 
@@ -45,7 +47,7 @@ def datalist_items(
     """Do as `read_datalist`, without checking that the files exist."""
     content = load_datalist(datalist)
     if section not in content:
-        if {"channel_names", "file_ending"} & content.keys():
+        if is_nnunet(content):
             raise ScanError(
                 f"{datalist}: is a dataset.json of nnU-Net, which lists no files, expected 'training' with paths: "
                 "leave the datalist out, or write one with `python -m tools datalist msd`"
@@ -65,6 +67,11 @@ def datalist_items(
         if labels and isinstance(entry, dict) and entry.get("label") is not None:
             items[-1]["label"] = _entry_label(entry["label"], base, where)
     return items
+
+
+def is_nnunet(content: Mapping[str, Any]) -> bool:
+    """Whether this is the content of a `dataset.json` of nnU-Net, which describes files but lists none."""
+    return "training" not in content and bool({"channel_names", "file_ending"} & content.keys())
 
 
 def load_datalist(datalist: str | Path) -> dict:

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,18 @@ def _rename(staged: Path, name: str, variant: str, changes: dict[str, Any]) -> N
     page = staged / "docs/README.md"
     text = re.sub(rf"\b{name}\b", staged.name, page.read_text(encoding="utf-8"))
     plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
-    for key, value in plain.items():
-        text = re.sub(rf"^(\| `{key}` \| )`.*?`", lambda row, v=value: f"{row[1]}`{v}`", text, flags=re.MULTILINE)
+    text = with_defaults(text, plain)
     note = f"This is `{name}` with `{variant}.yaml` merged into its configs."
     if plain:
         note += f" Values that differ on this page: {', '.join(f'`{key}` {value}' for key, value in plain.items())}."
     page.write_text(re.sub(r"\A(# .*\n)", rf"\1\n{note}\n", text), encoding="utf-8")
+
+
+def with_defaults(page: str, values: Mapping[str, Any]) -> str:
+    """Replace the defaults of keys in the table of a bundle's README."""
+    for key, value in values.items():
+        page = re.sub(rf"^(\| `{key}` \| )`.*?`", lambda row, v=value: f"{row[1]}`{v}`", page, flags=re.MULTILINE)
+    return page
 
 
 # ---- what is written ------------------------------------------------------------------------------------------

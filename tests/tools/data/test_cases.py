@@ -232,6 +232,34 @@ def test_all_files_in_cases_are_not_counted(tmp_path, caplog):
     assert "in no case" not in caplog.text
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_nnunet_cases_have_a_file_for_each_channel(tmp_path, described):
+    touch(tmp_path, *(f"imagesTr/{name}_{n:04d}.mha" for name in ("b_7", "a") for n in (0, 1)))
+    touch(tmp_path, "labelsTr/a.mha", "labelsTr/b_7.mha")
+    if described:
+        write_json(tmp_path / "dataset.json", {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".mha"})
+    assert find_cases(tmp_path, "msd") == [
+        {
+            "image": [f"{tmp_path}/imagesTr/{name}_{n:04d}.mha" for n in (0, 1)],
+            "label": f"{tmp_path}/labelsTr/{name}.mha",
+        }
+        for name in ("a", "b_7")
+    ]
+    (tmp_path / "imagesTr/a_0000.mha").unlink()
+    assert problems_of(tmp_path, "msd") == ["a lacks channels that others have: found a_0001.mha, expected a_0000 too"]
+
+
+def test_a_number_is_that_of_a_channel_only_if_the_label_lacks_it(tmp_path):
+    touch(tmp_path, *(f"{folder}/scan_{n:04d}.nii.gz" for folder in ("images", "labels") for n in (0, 1)))
+    assert image_names(find_cases(tmp_path, "msd")) == ["scan_0000.nii.gz", "scan_0001.nii.gz"]
+
+
+def test_images_and_labels_without_a_common_name_are_one_problem(tmp_path):
+    touch(tmp_path, *(f"images/ct_{n}.nii" for n in range(9)), "labels/seg_1.nii")
+    (problem,) = problems_of(tmp_path, "msd")
+    assert "found ct_0.nii, ct_1.nii, ct_2.nii, … in images and seg_1.nii in labels" in problem
+
+
 @pytest.mark.parametrize(
     "layout, message",
     [
