@@ -5,6 +5,7 @@ Each test is a rule for all pages, and names every page that breaks it.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shlex
@@ -19,7 +20,8 @@ import torch
 import yaml
 from monai.bundle import ConfigParser
 
-from tools.__main__ import COMMANDS
+from tools.__main__ import find, translate
+from tools.commands.runs import RUNS, build
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parent.parent for path in ROOT.glob("bundles/*/configs/train.yaml"))
@@ -46,6 +48,11 @@ class Command(NamedTuple):
             if self.words[start : start + len(words)] == list(words):
                 return self.words[start + len(words) :]
         return []
+
+    @property
+    def tool(self) -> list[str]:
+        """What comes after `hybridmim` or `python -m tools`, or nothing."""
+        return self.words[1:] if self.words[0] == "hybridmim" else self.after("-m", "tools")
 
     @property
     def options(self) -> dict[str, str]:
@@ -86,11 +93,17 @@ def commands() -> Iterator[Command]:
         for block in code_blocks(text, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.strip() and not line.startswith("#"):
-                    yield Command(page, shlex.split(line))
+                    words = shlex.split(line)
+                    yield Command(page, build(words[1], words[2:]) if is_run(words) else words)
+
+
+def is_run(words: list[str]) -> bool:
+    """Whether this is a command of `hybridmim` that stands for one of `python -m monai.bundle`."""
+    return words[0] == "hybridmim" and words[1] in RUNS
 
 
 MONAI_COMMANDS = [command for command in commands() if command.after("-m", "monai.bundle")]
-TOOLS_COMMANDS = [command for command in commands() if command.after("-m", "tools")]
+TOOLS_COMMANDS = [command for command in commands() if command.tool]
 
 
 def require_none(faults: Iterable[str]) -> None:
@@ -191,17 +204,16 @@ def leads_somewhere(page: Path, target: str) -> bool:
 
 
 def tool(words: list[str]) -> tuple[Callable[..., Any], list[str]]:
-    """The function that `python -m tools WORDS` calls, and its arguments."""
-    found: Any = COMMANDS
-    while isinstance(found, dict):
-        if not words or words[0] not in found:
-            raise TypeError(f"found {words[:1]}, expected one of {sorted(found)}")
-        found, words = found[words[0]], words[1:]
-    return found, words
+    """The function that `hybridmim WORDS` calls, and its arguments."""
+    found, rest = find(words)
+    module, name = found.split(":")
+    return getattr(importlib.import_module(module), name), translate(found, rest)
 
 
 def refused(words: list[str], complete: bool = True) -> str:
-    """Why `python -m tools WORDS` cannot be called so, or nothing; `complete`: with all that it needs."""
+    """Why `hybridmim WORDS` cannot be called so, or nothing; `complete`: with all that it needs."""
+    if words[0] in RUNS:
+        return ""
     try:
         function, rest = tool(words)
         positional, named = [], {}
@@ -212,19 +224,26 @@ def refused(words: list[str], complete: bool = True) -> str:
             else:
                 positional.append(word)
         signature = inspect.signature(function)
+        if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):  # as Fire does
+            positional = [named.pop(name) for name in signature.parameters if name in named] + positional
         signature.bind(*positional, **named) if complete else signature.bind_partial(**named)
-    except TypeError as error:
+    except (TypeError, LookupError, ValueError) as error:
         return str(error)
     return ""
 
 
 def test_tools_accept_the_commands():
-    found = ((command, refused(command.after("-m", "tools"))) for command in TOOLS_COMMANDS)
+    found = ((command, refused(command.tool)) for command in TOOLS_COMMANDS)
     require_none(f"{command}: {why}" for command, why in found if why)
 
 
 def test_tools_commands_in_the_text_exist():
-    named = [(page, words) for page in PAGES for words in re.findall(r"`python -m tools ([a-z][^`]*)`", PAGES[page])]
+    named = [
+        (page, words)
+        for page in PAGES
+        for words in re.findall(r"`(?:python -m tools|hybridmim) ([a-z][^`]*)`", PAGES[page])
+    ]
+    named = [(page, words.replace("--bundle …", "--bundle btcv")) for page, words in named]
     found = ((page, words, refused(words.split(), complete=False)) for page, words in named)
     require_none(f"{page}: {words}: {why}" for page, words, why in found if why)
 
