@@ -46,7 +46,7 @@ from tools.weights.training_checkpoints import checkpoints, newest_checkpoint
 EPOCHS, KEEPS = 3, {"interval": 1, "minutes": 0.001, "kept": 1}
 # the event of Python and a part of the file's name, upon which the process is killed, perhaps a little later
 MOMENTS = {
-    "at random": ("open", "/config.yaml"),
+    "at random": ("os.rename", ".config.yaml"),
     "writing a checkpoint": ("open", ".checkpoint_epoch="),
     "naming a checkpoint": ("os.rename", ".checkpoint_epoch="),
     "deleting a checkpoint": ("os.remove", "/checkpoint_epoch="),
@@ -248,7 +248,7 @@ def main() -> int:
                     return 1
                 expected[whole] = result(folder)
             folder, ends, wrong = root / f"run_{runs}", [], None
-            for _ in range(numbers.randint(1, 6)):
+            for _ in range(numbers.randint(2, 6)):
                 end = draw(numbers, kind, seconds[whole])
                 codes, after = train(kind, root / "scans", folder, end)
                 if not any(codes):
@@ -280,9 +280,9 @@ def draw(numbers: random.Random, kind: Kind, seconds: float) -> End:
     """An end at a random time, or at a chosen moment."""
     others = list(MOMENTS)[1:]
     moment, rank = numbers.choice([*["at random"] * len(others), *others]), 0
-    count, delay, number = numbers.randrange(3), 0.0, signal.SIGKILL
-    if moment == "at random":  # of the training
-        count, delay, rank = 0, numbers.uniform(0.0, seconds), numbers.randrange(kind.processes)
+    count, delay, number = numbers.randrange(1 if "weights" in moment else 2), 0.0, signal.SIGKILL
+    if moment == "at random":  # in half of the training; a resumed run gets further
+        count, delay, rank = 0, numbers.uniform(0.0, seconds / 2), numbers.randrange(kind.processes)
         number = numbers.choice([signal.SIGKILL] * 2 * len(SIGNALS) + SIGNALS)
     elif moment.startswith("writing"):
         delay = numbers.choice([0.0, numbers.uniform(0.0, 0.004)])
