@@ -36,6 +36,7 @@ LONG = (
     "test_seg_configs",
     "test_seg_inference",
     "test_resume",
+    "test_kill",
     "test_release",
     "test_hybridmim",
 )

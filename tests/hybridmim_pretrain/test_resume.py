@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from whole_runs import same
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
 from tools.weights.checkpoints import WeightsError
+from tools.weights.training_checkpoints import newest_checkpoint
 
 from .bundle import ROOT, TINY, config_files, places
 
@@ -22,8 +24,8 @@ EPOCHS = 6
 OPTIONS = {**TINY, "roi_size": [48, 32, 32], "epochs": EPOCHS, "checkpoint_interval": 2}
 
 
-def kill_after_epoch(epoch, scans, folder, workers):
-    """Start a training in `folder` and end it without warning once the row of `epoch` is written."""
+def start(epoch, scans, folder, workers):
+    """Start a training in `folder`, in a process group of its own; return once the row of `epoch` is written."""
     options = {
         **OPTIONS,
         **places(folder),
@@ -38,19 +40,44 @@ def kill_after_epoch(epoch, scans, folder, workers):
         line,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
-    try:
-        deadline = time.monotonic() + 300
-        while len(read_metrics(folder / "out/metrics.csv")) < epoch:
-            assert process.poll() is None, "the training ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
+    deadline = time.monotonic() + 300
+    while len(read_metrics(folder / "out/metrics.csv")) < epoch:
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def kill_after_epoch(epoch, scans, folder, workers):
+    """Start a training in `folder` and end it without warning once the row of `epoch` is written."""
+    process = start(epoch, scans, folder, workers)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("SIGTERM", 2),
+        pytest.param("SIGINT", 2, marks=pytest.mark.slow),
+        *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")),
+    ],
+)
+def test_a_signal_to_all_processes_ends_the_run_with_a_checkpoint(ct_scans, tmp_path, name, workers):
+    process = start(1, ct_scans, tmp_path, workers)
+    os.killpg(process.pid, getattr(signal, name))  # workers get it, too
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Error" not in errors and "Traceback" not in errors
+    written = newest_checkpoint(tmp_path / "models")
+    (line,) = (line for line in said.splitlines() if line.startswith(f"{name}: interrupted in epoch "))
+    assert line.endswith(f"; {written} is written: the same command with --resume true continues")
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])

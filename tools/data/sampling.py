@@ -32,10 +32,15 @@ class SeededSampler(DistributedSampler):
 
     def __init__(self, dataset: Dataset | Sequence, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        self.start = (
+            0  # number of draws of this process that a resumed run has behind it, in the epoch in which it begins
+        )
 
     def __iter__(self) -> Iterator[Draw]:
         """Yield the draws of the epoch that MONAI's engine has set."""
         for place, index in enumerate(super().__iter__()):
+            if place < self.start:
+                continue
             of_all = place * self.num_replicas + self.rank
             seed = np.random.SeedSequence([self.seed, self.epoch, of_all]).generate_state(1)
             yield Draw(index, int(seed[0]))

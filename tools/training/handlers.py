@@ -1,4 +1,4 @@
-"""Handlers for the training of all bundles, in addition to MONAI's: progress, metrics.csv, seeds, checkpoints."""
+"""Handlers for the training of all bundles, in addition to MONAI's: progress, metrics.csv, seeds, best weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from monai.engines import Evaluator
 from monai.engines.utils import IterationEvents
 from monai.utils import convert_to_tensor
@@ -23,16 +24,22 @@ from tools.common.cards import save_weights
 from tools.common.files import atomic_path, remove_leftovers
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
-from tools.weights.training_checkpoints import newest_checkpoint, save_checkpoint
+from tools.weights.training_checkpoints import newest_checkpoint
 
 WAIT = 0.5  # seconds between two looks at a value that is still on the device
+
+
+class RunEvents(EventEnum):
+    """Events of a trainer beside those of Ignite and MONAI."""
+
+    SAVING = "saving"  # in all processes, before a checkpoint is written
 
 
 def loss_terms(output: Mapping[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
     """Return the entries `loss` and `loss_…` of an engine's output, decollated or not."""
     output = output if isinstance(output, Mapping) else output[0]
-    # MONAI decollates a loss into plain numbers
-    return {name: torch.as_tensor(value).detach() for name, value in output.items() if name.startswith("loss")}
+    # MONAI decollates a loss into plain numbers, and its names are no plain text
+    return {str(name): torch.as_tensor(value).detach() for name, value in output.items() if name.startswith("loss")}
 
 
 class ProgressBar:
@@ -168,13 +175,15 @@ class ValidateEpochs:
         self.validator.state.steps = engine.state.iteration  # for the card of the weights
         with torch.random.fork_rng():  # a data loader draws a seed whenever it is iterated
             self.validator.run(engine.state.epoch)
-        self.schedule.validated(engine, time.monotonic() - began)
+        if not self.validator.should_terminate:  # a validation that was interrupted is repeated
+            self.schedule.validated(engine, time.monotonic() - began)
 
 
 class MetricsCSV:
     """Writes `metrics.csv`: one row per epoch with the mean of each training term, and the validation's metrics.
 
-    In epochs without a validation its cells are empty. A resumed run replaces the rows of epochs that it repeats.
+    In epochs without a validation its cells are empty. A resumed run replaces the rows of epochs that it repeats. The
+    sums of the epoch so far, of each process, are part of the trainer's state in a checkpoint.
 
     Args:
         path: file to write.
@@ -191,25 +200,40 @@ class MetricsCSV:
         """Attach to the trainer, after the handler that validates."""
         if idist.get_rank() == 0:
             remove_leftovers(self.path.parent)
-        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.register_events(*RunEvents)
+        engine.state.sums = []
+        engine.state_dict_user_keys.append("sums")
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(RunEvents.SAVING, self._gather)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
         self.validator.add_event_handler(Events.COMPLETED, self._keep_validation)
 
-    def _reset(self) -> None:
-        self._validation, self._sums = {}, {}
+    def _begin(self, engine: Engine) -> None:
+        self._validation = {}
+        sums = next(iter(engine.state.sums[idist.get_rank() :]), {})
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
     def _add(self, engine: Engine) -> None:
         for name, value in loss_terms(engine.state.output).items():
             finite = value.isfinite()  # others belong to steps that are skipped
-            self._sums[name] = self._sums.get(name, 0) + torch.stack([value.double().where(finite, 0), finite.double()])
+            pair = torch.stack([value.double().where(finite, 0), finite.double()])
+            self._sums[name] = pair + self._sums[name].to(pair.device) if name in self._sums else pair
+
+    def _gather(self, engine: Engine) -> None:
+        pairs = [[pair.tolist() for pair in self._sums.values()]]
+        rows = idist.all_gather(torch.tensor(pairs, dtype=torch.float64, device=idist.device()))
+        engine.state.sums = [dict(zip(self._sums, row, strict=True)) for row in rows.tolist()]
 
     def _keep_validation(self, validator: Engine) -> None:
         self._validation = {f"val_{name}": value for name, value in validator.state.metrics.items()}
 
     def _write(self, engine: Engine) -> None:
+        if self.validator.should_terminate:
+            return  # the end of this epoch is repeated
         sums = {name: [idist.all_reduce(x) for x in pair.tolist()] for name, pair in self._sums.items()}
         means = {name: total / number if number else math.nan for name, (total, number) in sums.items()}
+        self._sums, engine.state.sums = {}, []
         if idist.get_rank() > 0:
             return
         row = {"epoch": engine.state.epoch, **means, **self._validation}
@@ -221,11 +245,12 @@ class MetricsCSV:
         write_rows(self.path, rows, names)
 
 
-class SeedEpochs:
-    """Seeds the random generators of the network at the start of each epoch from (seed, epoch, rank).
+class SeedSteps:
+    """Seeds the random generators of the network before each step from (seed, step, rank).
 
-    So a checkpoint needs only the seed and the epoch to restore the generators of all processes: a resumed run draws
-    the same random numbers as an uninterrupted one. (The sampler of the data loader seeds the random transforms.)
+    So a checkpoint needs only the seed and the number of steps to restore the generators of all processes: a run that
+    is resumed, in the middle of an epoch too, draws the same random numbers as an uninterrupted one, with any number of
+    workers. (The sampler of the data loader seeds the random transforms.)
 
     Args:
         seed: random seed of the run.
@@ -238,11 +263,16 @@ class SeedEpochs:
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._skip)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._seed)
+
+    def _skip(self, engine: Engine) -> None:
+        done = engine.state.iteration - (engine.state.epoch - 1) * engine.state.epoch_length  # steps of this epoch
+        self.sampler.start = done * engine.data_loader.batch_size
 
     def _seed(self, engine: Engine) -> None:
-        # distinct for all epochs and ranks below 2¹⁶ processes
-        state = (self.seed * 1_000_003 + engine.state.epoch) * 65_536 + idist.get_rank()
+        sequence = np.random.SeedSequence([self.seed, engine.state.iteration, idist.get_rank()])
+        state = int(sequence.generate_state(1)[0])
         torch.manual_seed(state)
         random.seed(state)
 
@@ -313,35 +343,6 @@ class BestWeights:
         self.best = state["best"]
 
 
-class SaveCheckpoints:
-    """Saves the training state every so many epochs and after the last one (rank 0 only).
-
-    Args:
-        folder: folder to write to.
-        state: name → object with a `state_dict`.
-        interval: number of epochs between checkpoints.
-        kept: number of checkpoints to keep.
-    """
-
-    def __init__(self, folder: str | Path, state: Mapping[str, Any], interval: int, kept: int) -> None:
-        self.folder = Path(folder)
-        self.state = state
-        self.interval = interval
-        self.kept = kept
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the trainer, after all other handlers; remove what a killed run was writing."""
-        remove_leftovers(self.folder)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Save if it is time."""
-        epoch = engine.state.epoch
-        if epoch % self.interval == 0 or epoch == engine.state.max_epochs:
-            content = {name: part.state_dict() for name, part in self.state.items()}
-            save_checkpoint(self.folder, content, epoch, None, self.kept)
-
-
 class GradientClipping:
     """Clips the global norm of the gradients before every optimizer step.
 
@@ -367,8 +368,8 @@ class GuardLoss:
     """Looks for losses that are not finite: stops the run, or skips the step. The batch is saved for inspection.
 
     `stop`: on CPUs before the weights are updated; on GPUs within half a second. A GPU computes later than Python runs,
-    and reading a loss waits for it. So the losses of a GPU are checked together, twice a second and at the end of each
-    epoch, before anything is saved.
+    and reading a loss waits for it. So the losses of a GPU are checked together, twice a second, at the end of each
+    epoch, and before anything is saved.
 
     `skip`: no process updates its weights in a step in which the loss of one is not finite. Every step waits for the
     GPU.
@@ -407,11 +408,13 @@ class GuardLoss:
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer, before handlers that validate or save, or look at gradients."""
+        engine.register_events(*RunEvents)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         if self.skips:
             engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._drop_gradients)
         else:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._check)
+            engine.add_event_handler(RunEvents.SAVING, self._check)
 
     def __call__(self, engine: Engine) -> None:
         """Note the loss of this step, and check those that were noted if it is time."""

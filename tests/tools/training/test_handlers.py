@@ -16,12 +16,12 @@ from tools.common.cards import digest
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics, report_metrics
 from tools.training import handlers
+from tools.training.checkpointing import SaveCheckpoints
 from tools.training.handlers import (
     BestWeights,
     GuardLoss,
     MetricsCSV,
     ProgressBar,
-    SaveCheckpoints,
     ValidateEpochs,
     ValidationSchedule,
 )
@@ -203,7 +203,7 @@ def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, m
 
     trainer._process_function = step
     GuardLoss(torch.nn.Linear(1, 1), tmp_path, tmp_path / "out").attach(trainer)
-    SaveCheckpoints(tmp_path, {"trainer": trainer}, interval=1, kept=2).attach(trainer)
+    SaveCheckpoints(tmp_path, {"trainer": trainer}, engines()[1], interval=1, minutes=None, kept=2).attach(trainer)
     with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1\).*/scans/2\.nii\.gz.*no checkpoint"):
         trainer.run()
     assert trainer.state.iteration == 3  # the epoch ends, but nothing is saved after it
@@ -213,9 +213,8 @@ def test_losses_of_a_gpu_are_read_later_and_blamed_on_their_own_step(tmp_path, m
 
 @pytest.mark.parametrize(("interval", "expected"), [(2, {2, 4, 5}), (5, {5}), (9, {5})])
 def test_the_last_epoch_is_always_saved_and_once(tmp_path, interval, expected):
-    trainer, _ = engines(epochs=5)
-    network = torch.nn.Linear(1, 1)
-    SaveCheckpoints(tmp_path, {"model": network, "trainer": trainer}, interval=interval, kept=5).attach(trainer)
+    trainer, validator = engines(epochs=5)
+    SaveCheckpoints(tmp_path, {"trainer": trainer}, validator, interval=interval, minutes=None, kept=5).attach(trainer)
     trainer.run()
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint_epoch={epoch}.pt" for epoch in expected}
 

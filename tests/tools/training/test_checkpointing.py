@@ -1,0 +1,175 @@
+"""A run that is ended by a signal and resumed is the run that was not, wherever in an epoch or validation it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader
+from monai.engines import Evaluator, Trainer
+from monai.handlers import CheckpointLoader
+from monai.transforms import Compose, RandomizableTransform
+
+from tools.common.tables import read_metrics
+from tools.data.datasets import SeededDataset
+from tools.data.sampling import SeededSampler
+from tools.training.checkpointing import INTERRUPTED, SIGNALS, SaveCheckpoints
+from tools.training.handlers import MetricsCSV, SeedSteps, ValidateEpochs, ValidationSchedule
+from tools.weights.training_checkpoints import newest_checkpoint
+
+EPOCHS, STEPS = 3, 4
+
+
+class AddNumber(RandomizableTransform):
+    """Adds a random number to an item."""
+
+    def __call__(self, data):
+        return {**data, "drawn": self.R.random()}
+
+
+class DrawingTrainer(Trainer):
+    """Its loss is a third of what is drawn: by the transform, by the network, and by Python."""
+
+    def _iteration(self, engine, batch):
+        loss = (batch["drawn"].double().sum() + torch.rand((), dtype=torch.float64) + random.random()) / 3
+        return {"loss": loss, "scans": batch["scan"].tolist()}
+
+
+class ScoringValidator(Evaluator):
+    """Its metric is the number of batches that it has seen."""
+
+    def _iteration(self, engine, batch):
+        engine.state.metrics["score"] = float(engine.state.iteration)
+
+
+class Run:
+    """A training of three epochs of four steps."""
+
+    def __init__(self, folder, resume=False, minutes=None, seed=0, workers=0):
+        data = SeededDataset([{"scan": n} for n in range(2 * STEPS)], Compose([AddNumber()]))
+        sampler = SeededSampler(data, seed)
+        loader = DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers)
+        self.trainer = DrawingTrainer("cpu", EPOCHS, loader, decollate=False)
+        self.validator = ScoringValidator("cpu", [0, 1, 2], decollate=False)
+        self.seen, self.validated = [], []
+        seeding = SeedSteps(seed, sampler)
+        seeding.attach(self.trainer)
+        schedule = ValidationSchedule(1, 1)
+        ValidateEpochs(self.validator, schedule).attach(self.trainer)
+        MetricsCSV(folder / "metrics.csv", self.validator).attach(self.trainer)
+        self.validator.add_event_handler(
+            Events.COMPLETED, lambda engine: self.validated.append((engine.state.epoch, engine.state.iteration % 4))
+        )
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED, self._note)
+        state = {"trainer": self.trainer, "random": seeding, "validation": schedule}
+        if resume:
+            CheckpointLoader(str(newest_checkpoint(folder)), state).attach(self.trainer)
+        self.saving = SaveCheckpoints(folder, state, self.validator, interval=1, minutes=minutes, kept=1)
+        self.saving.attach(self.trainer)
+
+    def _note(self, engine):
+        self.seen.append((engine.state.iteration, engine.state.output["scans"], float(engine.state.output["loss"])))
+
+    def interrupt(self, number, engine, event):
+        """Run, and send a signal to this process at an event."""
+        engine.add_event_handler(event, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as exit_:
+            self.saving.run(self.trainer)
+        assert exit_.value.code == INTERRUPTED == 75
+        return self
+
+    def finish(self):
+        self.saving.run(self.trainer)
+        return self
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that was interrupted ends its process, and so does not restore these."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    run = Run(tmp_path / "whole").finish()
+    assert len({loss for _, _, loss in run.seen}) == EPOCHS * STEPS  # every step draws anew
+    return run, read_metrics(tmp_path / "whole/metrics.csv")
+
+
+def test_a_run_ended_after_any_step_goes_on_with_the_draws_of_the_whole_one(tmp_path, whole, capsys):
+    for step in range(1, EPOCHS * STEPS):
+        folder = tmp_path / str(step)
+        number = SIGNALS[step % len(SIGNALS)]
+        first = Run(folder)
+        first.interrupt(number, first.trainer, Events.ITERATION_STARTED(once=step))
+        epoch, within = divmod(step, STEPS)
+        name = f"checkpoint_epoch={epoch + 1}_step={step}.pt" if within else f"checkpoint_epoch={epoch}_step={step}.pt"
+        assert [path.name for path in folder.glob("*.pt")] == [name]
+        said = f"{signal.Signals(number).name}: interrupted in epoch {epoch + bool(within)}, after step {step}; "
+        assert said + str(folder / name) in capsys.readouterr().out
+        rest = Run(folder, resume=True).finish()
+        assert first.seen + rest.seen == whole[0].seen
+        assert read_metrics(folder / "metrics.csv") == whole[1]
+        assert first.validated + rest.validated == whole[0].validated
+
+
+def test_a_validation_that_is_broken_off_is_repeated(tmp_path, whole):
+    """In the middle, after its last batch, and of the last epoch; nothing takes its part for the whole."""
+    for epoch, batch in ((1, 1), (2, 3), (EPOCHS, 2)):
+        folder = tmp_path / f"{epoch}_{batch}"
+        first = Run(folder)
+        # every validation counts its batches anew
+        event = Events.ITERATION_STARTED(
+            event_filter=lambda engine, count, at=(epoch, batch): (engine.state.epoch, count) == at
+        )
+        first.interrupt(signal.SIGTERM, first.validator, event)
+        assert [path.name for path in folder.glob("*.pt")] == [f"checkpoint_epoch={epoch}_step={epoch * STEPS}.pt"]
+        assert len(read_metrics(folder / "metrics.csv")) == len(first.validated) == epoch - 1
+        rest = Run(folder, resume=True).finish()
+        assert first.seen + rest.seen == whole[0].seen
+        assert read_metrics(folder / "metrics.csv") == whole[1]
+        assert first.validated + rest.validated == whole[0].validated
+
+
+def test_checkpoints_by_time_are_written_in_the_middle_of_epochs(tmp_path):
+    names = []
+    run = Run(tmp_path, minutes=1e-9)
+    run.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED,
+        lambda: names.extend(path.name for path in tmp_path.glob("*.pt")),
+    )
+    run.finish()
+    steps = [f"checkpoint_epoch={(n + STEPS - 1) // STEPS}_step={n}.pt" for n in range(1, EPOCHS * STEPS) if n % STEPS]
+    ends = [f"checkpoint_epoch={epoch}.pt" for epoch in range(1, EPOCHS + 1)]
+    assert {*names} == {*steps, *ends} and [path.name for path in tmp_path.glob("*.pt")] == [ends[-1]]
+
+
+@pytest.mark.parametrize("minutes", [None, 0, 1000])
+def test_without_them_only_at_the_ends(tmp_path, minutes):
+    run, names = Run(tmp_path, minutes=minutes), set()
+    run.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: names.update(path.name for path in tmp_path.glob("*.pt"))
+    )
+    run.finish()
+    assert names == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
+
+
+def test_two_workers_draw_what_none_draws(tmp_path, whole):
+    assert Run(tmp_path, workers=2).finish().seen == whole[0].seen
+
+
+def test_the_seed_matters(tmp_path, whole):
+    assert not {loss for *_, loss in Run(tmp_path, seed=1).finish().seen} & {loss for *_, loss in whole[0].seen}
+
+
+def test_a_run_that_is_not_interrupted_leaves_the_signals_as_they_were(tmp_path):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    Run(tmp_path).finish()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
