@@ -235,8 +235,7 @@ def inspect_scans(
         One `Scan` per item, in the same order.
     """
     remembered = _recall(remember)
-    values = None if label_values is None else sorted(label_values)
-    keys = [f"{scan_key(item)} {channels} {values if 'label' in item else None} {REMEMBER_FORMAT}" for item in items]
+    keys = _keys(items, channels, label_values)
     unread = [n for n, key in enumerate(keys) if key not in remembered]
     scans = [remembered.get(key) for key in keys]
     pending = [items[n] for n in unread]
@@ -256,6 +255,23 @@ def inspect_scans(
     finally:  # an interrupted check keeps its results so far
         _save(remember, fresh)
     return scans
+
+
+def save_scans(
+    items: Sequence[dict],
+    scans: Sequence[Scan],
+    channels: int,
+    remember: Path,
+    label_values: Sequence[int] | None = None,
+) -> None:
+    """Remember the results of `inspect_scans` with the same arguments."""
+    keys = _keys(items, channels, label_values)
+    _save(remember, {key: scan for key, scan in zip(keys, scans, strict=True) if scan.problem is None})
+
+
+def _keys(items: Sequence[dict], channels: int, label_values: Sequence[int] | None) -> list[str]:
+    values = None if label_values is None else sorted(label_values)
+    return [f"{scan_key(item)} {channels} {values if 'label' in item else None} {REMEMBER_FORMAT}" for item in items]
 
 
 def _results(inspect: Callable[[dict], Scan], items: list[dict], workers: int) -> Iterator[Scan]:

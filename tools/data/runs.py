@@ -6,17 +6,18 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 
+from tools.common.ranks import in_shares
 from tools.common.text import first_lines, parse_bool
 from tools.data.cases import SECTIONS, Case, find_cases, find_inference_scans, pair_inference_scans
 from tools.data.datalists import datalist_items, read_datalist
 from tools.data.hounsfield import doubtful_values
-from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans
+from tools.data.inspection import MAX_SCAN_GB, Scan, inspect_scans, save_scans
 from tools.data.scans import ScanError, find_scans, paths_of, root_of
 from tools.data.splits import label_subset, sort_cases, split_by_layout, split_scans
 
@@ -223,8 +224,18 @@ def _inspect(
     label_values: Sequence[int] | None,
     max_scan_gb: float,
 ) -> list[Scan]:
-    with idist.one_rank_first():  # the other ranks read its saved results
-        return inspect_scans(items, channels, workers, Path(remember), label_values, max_scan_gb)
+    look = partial(
+        inspect_scans,
+        channels=channels,
+        workers=workers,
+        remember=Path(remember),
+        label_values=label_values,
+        max_scan_gb=max_scan_gb,
+    )
+    scans = in_shares(look, items)
+    if idist.get_rank() == 0 and idist.get_world_size() > 1:  # processes that saved at once may have lost some
+        save_scans(items, scans, channels, Path(remember), label_values)
+    return scans
 
 
 def require_usable(

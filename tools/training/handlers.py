@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from tools.common.cards import save_weights
 from tools.common.files import atomic_path, remove_leftovers
+from tools.common.ranks import mark_step
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
 from tools.weights.training_checkpoints import newest_checkpoint
@@ -341,6 +342,25 @@ class BestWeights:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the best value."""
         self.best = state["best"]
+
+
+class MarkSteps:
+    """Tells the other processes at which step of training or validation this one is, so that one that hangs is named.
+
+    Args:
+        validator: engine of the validation.
+    """
+
+    def __init__(self, validator: Engine) -> None:
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        for one, kind in ((engine, "step"), (self.validator, "validation, batch")):
+            one.add_event_handler(Events.ITERATION_STARTED, self._mark, kind)
+
+    def _mark(self, engine: Engine, kind: str) -> None:
+        mark_step(f"{kind} {engine.state.iteration} (epoch {engine.state.epoch})")
 
 
 class GradientClipping:

@@ -1,0 +1,81 @@
+"""Two processes (gloo): work in shares that outlasts the time-out of collectives, and one that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+SHARES = """
+import time, torch.distributed as dist
+from tools.common.ranks import in_shares, join_processes, leave_processes
+join_processes(0.02)  # 1.2 s, and 2.4 s for collectives
+def work(items):
+    time.sleep(5 * dist.get_rank())
+    return [item * item for item in items]
+print(in_shares(work, range(5)), in_shares(work, [7]), flush=True)
+leave_processes()
+"""
+
+HANGS = """
+import os, signal, time, torch, torch.distributed as dist
+from tools.common.ranks import join_processes, mark_step
+join_processes(0.05)  # 3 s
+for step in range(1, 10):
+    mark_step(f"step {step}")
+    time.sleep(0.5)  # more than a beat
+    if step == 4 and dist.get_rank() == 1:
+        STOP
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.fixture
+def two():
+    """Runs code in two processes of one group, without torchrun, which waits half a minute for one that is stopped."""
+    started: list[subprocess.Popen] = []
+
+    def run(code):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in "01":
+            env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
+            line = [sys.executable, "-c", code]
+            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(line, env=env, **pipe))
+        return started
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_shares_may_take_longer_than_collectives(two):
+    for process in two(SHARES):
+        out, err = process.communicate(timeout=120)
+        assert out == "[0, 1, 4, 9, 16] [49]\n", err
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 hangs for 0.05 minutes (timeout_minutes):"),
+        ("time.sleep(100)", "no step is completed for 0.05 minutes (timeout_minutes):"),
+    ],
+    ids=["stopped", "waits"],
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a signal that stops a process")
+def test_a_process_that_hangs_is_named_and_ends_the_run(two, stop, said):
+    first, second = two(HANGS.replace("STOP", stop))
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert said in err
+    assert f"rank 0 (host {socket.gethostname()}, process {first.pid}): step 4\n" in err
+    silent = ", gives no sign of life" if "SIGSTOP" in stop else ""
+    assert f"rank 1 (host {socket.gethostname()}, process {second.pid}): step 4{silent}\n" in err
