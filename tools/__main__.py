@@ -11,6 +11,7 @@ from tools.commands.check import check
 from tools.commands.compare import compare
 from tools.commands.datalist import brats, btcv, msd, pretrain
 from tools.commands.new_bundle import new_bundle
+from tools.commands.plan import plan
 from tools.common.command_line import keep_text
 from tools.results.figures import curves_figure
 from tools.samples.sample_data import sample_data
@@ -29,6 +30,7 @@ COMMANDS = {
     "install": install,
     "monailabel": serve,
     "new_bundle": new_bundle,
+    "plan": plan,
     "release": release,
     "sample_data": sample_data,
     "transfer": {"inspect": inspect},
