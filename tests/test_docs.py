@@ -29,7 +29,7 @@ PAGES = {
     path: path.read_text(encoding="utf-8")
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/**/*.md")])
 }
-WRITTEN = {"config.yaml"}  # by a run
+WRITTEN = {"config.yaml", "plan.yaml"}  # by a run, by `python -m tools plan`
 Scalar = (bool, int, float, str, type(None))
 
 

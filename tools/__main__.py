@@ -18,6 +18,7 @@ from tools.commands.runs import RUNS, bundle_folder, start
 COMMANDS: dict[str, Any] = {
     "check": "tools.commands.check:check",
     "new_bundle": "tools.commands.new_bundle:new_bundle",
+    "plan": "tools.commands.plan:plan",
     "release": "tools.shipping.release:release",
     "serve": "tools.shipping.monailabel:serve",
     "bundles": "tools.commands.bundles:bundles",

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -29,7 +29,7 @@ from tools.commands.bundles import render
 from tools.common.cards import CardError, card_path, read_card
 from tools.common.files import write_json
 from tools.common.tables import aligned
-from tools.common.text import axis_ranges, first_lines
+from tools.common.text import axis_ranges, first_lines, parse_bool
 from tools.data.cases import LAYOUTS, Pairing, pair_cases
 from tools.data.classes import Classes, absent_classes, label_values, own_values
 from tools.data.datalists import load_datalist, read_datalist
@@ -111,7 +111,7 @@ def new_bundle(
         ScanError: the data cannot be trained on; the message says what was found and what to do.
         CardError: the weights have no card, or one that cannot be taken over.
     """
-    folder = _require_new(name, Path(bundles_dir))
+    folder, small = _require_new(name, Path(bundles_dir)), parse_bool(small)
     card = None if pretrained is None else _require_card(pretrained)
     found = find_labelled(dataset_dir, datalist)
     scans = _require_usable(found, classes, workers, max_scan_gb)
@@ -124,7 +124,7 @@ def new_bundle(
     activation = "softmax" if [*named.values()] == [[value] for value in range(1, len(named) + 1)] else "sigmoid"
     outputs = len(named) + (activation == "softmax")
     stride = 32 if network["name"] == "SwinUNETR" else 16
-    memory = _memory(network, scans[0].channels, outputs, stride, memory_gb)
+    memory = network_memory(network, scans[0].channels, outputs, stride, memory_gb)
     planned, rows = plan_segmentation(
         cases, named, kind == "CT", memory, stride, small, None if card is None else card["preparation"]
     )
@@ -247,7 +247,7 @@ def _pair(root: Path) -> tuple[Pairing, str]:
 
 def _require_usable(found: Found, classes: Classes | None, workers: int, max_scan_gb: float) -> list[Scan]:
     """Read all cases."""
-    channels = _channels(found.cases[0]["image"])
+    channels = channels_of(found.cases[0]["image"])
     values = None if classes is None else label_values(_clean(classes))
     scans = inspect_scans(found.cases, channels, workers, None, values, max_scan_gb)
     bad = [scan for scan in scans if scan.problem is not None]
@@ -266,7 +266,7 @@ def _channel_names(content: Mapping[str, Any]) -> list[str]:
     return [_line(name) for name in (names.values() if isinstance(names, Mapping) else [])]
 
 
-def _channels(image: str | list[str]) -> int:
+def channels_of(image: str | list[str]) -> int:
     """Number of channels: files, or volumes of a 4D file."""
     if isinstance(image, list):
         return len(image)
@@ -417,13 +417,22 @@ def build(network: Mapping[str, Any], channels: int, outputs: int, side: int) ->
     )
 
 
-def _memory(network: Mapping[str, Any], channels: int, outputs: int, stride: int, memory_gb: float | None) -> Memory:
-    """Memory of a training step, from the shapes of two sizes, and what there is."""
+def network_memory(
+    network: Mapping[str, Any], channels: int, outputs: int, stride: int, memory_gb: float | None
+) -> Memory:
+    """Memory of a training step of the network that a card describes."""
+
+    def step(side: int) -> int:
+        crop = torch.rand(1, channels, *[side] * 3, device="meta")
+        return training_memory(build(network, channels, outputs, side), crop)
+
+    return linear_memory(step, stride, memory_gb)
+
+
+def linear_memory(step: Callable[[int], int], stride: int, memory_gb: float | None) -> Memory:
+    """Memory by the voxels of all crops, from what a step takes with one cubic crop of two sizes; and what there is."""
     sides = (2 * stride, 3 * stride)
-    small, large = (
-        training_memory(build(network, channels, outputs, side), torch.rand(1, channels, *[side] * 3, device="meta"))
-        for side in sides
-    )
+    small, large = map(step, sides)
     per_voxel = (large - small) / (sides[1] ** 3 - sides[0] ** 3)
     return Memory(small - per_voxel * sides[0] ** 3, per_voxel, memory_limit(memory_gb))
 

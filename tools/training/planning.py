@@ -27,6 +27,12 @@ COARSER = 1.03
 COVERED = 0.25  # share of a case that a crop shows
 LEAST_VOXELS = 512  # of the smallest class: a cube of eight voxels
 MOST_CROPS = 4  # in a batch
+MOST_CROPS_PRETRAINING = 8
+REGION, REGION_SMALL = 32, 16  # voxels, of pre-training and of its small.yaml
+PATCH, PATCH_SMALL = 16, 8
+VALIDATED = 0.1  # share of the scans: val_fraction
+GROWN = 8  # times the volume of a voxel, at most, where no class bounds it
+MOST_WORKERS = 8
 LEAST_CROPS = 2
 BATCH_SHARE = 0.05  # of the voxels of all cases
 CLIPPED = 5  # of the 1001 quantiles at each end: 0.5 and 99.5 %
@@ -43,6 +49,7 @@ SIDES: tuple[tuple[frozenset[str], frozenset[str]], ...] = (  # words in the nam
     (frozenset({"posterior", "dorsal", "back"}), frozenset({"anterior", "ventral", "front"})),
     (frozenset({"inferior", "lower", "caudal", "bottom"}), frozenset({"superior", "upper", "cranial", "top"})),
 )
+ALONE = frozenset({"left", "right"})  # the others in pairs only: the inferior vena cava has no counterpart
 ALIKE = 2.0  # largest ratio of the volumes of two classes that could be taken for each other
 LEAST_CASES = 3  # in which two classes lie in the same way
 
@@ -162,7 +169,7 @@ def validation_overlap(size: Sequence[float], crop: Sequence[int]) -> float:
 
 def training_cases(cases: int) -> int:
     """Number of cases for training, without those of the first fold."""
-    return cases - ceil(cases / FOLDS)
+    return max(1, cases - ceil(cases / FOLDS))
 
 
 def epochs(cases: int, batch_size: int, steps: int) -> int:
@@ -198,9 +205,8 @@ def no_flips(classes: Classes, cases: Sequence[Case]) -> dict[str, str]:
     words = {name: set(re.findall(r"[a-z]+", name.lower())) for name in classes}
     for axis, (first, second) in zip(AXES, SIDES, strict=True):
         sides = [[name for name in classes if words[name] & side] for side in (first, second)]
-        whole = {word for word in first | second if len(word) > 2}  # l and r count in pairs only
-        long = [name for side in sides for name in side if words[name] & whole]
-        if named := ([*sides[0][:1], *sides[1][:1]] if all(sides) else long[:1]):
+        alone = [name for side in sides for name in side if words[name] & ALONE]
+        if named := ([*sides[0][:1], *sides[1][:1]] if all(sides) else alone[:1]):
             reasons[axis] = f"{' and '.join(named)} {'have' if len(named) > 1 else 'has'} a side"
     for one, other in combinations(classes, 2):
         axis = _apart([_relation(case, classes[one], classes[other]) for case in cases])
@@ -267,18 +273,18 @@ def plan_geometry(
     return Geometry(spacing, crop_size(spacing or usual, body, stride, most_voxels), body, size)
 
 
-def crop_voxels(memory: Memory, stride: int, most: int) -> int:
-    """Voxels of a crop: two fit into memory, or one of the smallest.
+def crop_voxels(memory: Memory, stride: int, most: int, crops: int = 1) -> int:
+    """Voxels of a crop: two fit into memory, or `crops` of the smallest.
 
     Raises:
         ValueError: not even the smallest fits.
     """
     least = (2 * stride) ** 3
-    if memory.voxels < least:
-        needed = (memory.fixed + memory.per_voxel * least) / 1e9
+    if memory.voxels < crops * least:
+        needed = (memory.fixed + memory.per_voxel * crops * least) / 1e9
         raise ValueError(
-            f"memory_gb: found {memory.limit / 1e9:.3g} GB, expected at least {needed:.2g} GB for one crop of "
-            f"{size_text([2 * stride] * 3)} voxels, the smallest of this network; use more, or --small true"
+            f"memory_gb: found {memory.limit / 1e9:.3g} GB, expected at least {needed:.2g} GB for a batch of {crops} "
+            f"crop(s) of {size_text([2 * stride] * 3)} voxels, the smallest of this network; use more, or --small true"
         )
     return max(least, min(most, memory.voxels // LEAST_CROPS))
 
@@ -388,6 +394,83 @@ def plan_segmentation(
         ),
     ]
     return facts, rows
+
+
+def plan_pretraining(
+    cases: Sequence[Case], hounsfield: bool, memory: Memory, cores: int, room: float, small: bool = False
+) -> tuple[dict[str, Any], list[Row]]:
+    """Decide how scans without labels are pre-trained on.
+
+    Args:
+        cases: fingerprint.
+        hounsfield: whether scans are CT in HU.
+        memory: of a step, by the voxels of all crops.
+        cores: processor cores.
+        room: bytes of shared memory for a cache.
+        small: whether `small.yaml` of pre-training is used.
+
+    Returns:
+        Values of top-level keys of `train.yaml`, without the scaling of intensities, and the decisions as a table.
+
+    Raises:
+        ValueError: the memory is too small.
+    """
+    region = REGION_SMALL if small else REGION
+    most = crop_voxels(memory, region, MOST_VOXELS_SMALL if small else MOST_VOXELS, LEAST_CROPS)
+    usual = np.median([case.spacing for case in cases], axis=0)
+    geometry = plan_geometry(cases, GROWN * LEAST_VOXELS * float(np.prod(usual)), region, most)
+    train = len(cases) - max(1, round(VALIDATED * len(cases)))
+    crops_per_volume = 1 if small and train > 1 else 2
+    fit = max(memory.voxels // prod(geometry.roi_size), 1)
+    batch_size = max(1, min(fit, MOST_CROPS_PRETRAINING) // crops_per_volume)
+    need = STORED_VOXEL * prod(geometry.size) * len(cases)
+    values = {
+        "hounsfield": hounsfield,
+        "spacing": geometry.spacing,
+        "roi_size": geometry.roi_size,
+        "region_size": [region] * 3,
+        "patch_size": [PATCH_SMALL if small else PATCH] * 3,
+        "decode_size": [2 * region] * 3,
+        "batch_size": min(batch_size, train),
+        "crops_per_volume": crops_per_volume,
+        "num_workers": max(0, min(MOST_WORKERS, cores - 2)),
+        "cache": "memory" if need < room / 2 else "disk",
+    }
+    low, high = (f(case.intensities[end] for case in cases) for f, end in ((min, 0), (max, -1)))
+    rows = [
+        Row(
+            "spacing",
+            f"{axis_ranges([case.spacing for case in cases])} mm",
+            f"{size_text(values['spacing'])} mm",
+            f"median; coarser until a crop covers a quarter of a scan, up to {GROWN} times the volume",
+        ),
+        Row(
+            "roi_size",
+            f"scans of {size_text(round(side) for side in geometry.size)} voxels",
+            f"{size_text(values['roi_size'])}, regions of {region}",
+            f"a cube in mm, within a scan, multiples of {region}; two fit into {bytes_text(memory.limit)}",
+        ),
+        Row(
+            "intensity",
+            f"{low:.4g} … {high:.4g}",
+            "the window of train.yaml" if hounsfield else "percentiles of each scan, as mri.yaml",
+            "HU have a meaning" if hounsfield else "intensities have no unit",
+        ),
+        Row(
+            "batch_size × crops_per_volume",
+            f"{train} scans to train; {bytes_text(memory.limit)}",
+            f"{values['batch_size']} × {crops_per_volume}",
+            f"as many crops as fit, {MOST_CROPS_PRETRAINING} at most; the contrastive term compares them",
+        ),
+        Row("num_workers", f"{cores} cores", str(values["num_workers"]), f"all but two, {MOST_WORKERS} at most"),
+        Row(
+            "cache",
+            f"about {bytes_text(need)}; {bytes_text(room)} of shared memory",
+            values["cache"],
+            "memory if half of it is enough",
+        ),
+    ]
+    return values, rows
 
 
 def _volumes(cases: Sequence[Case], values: Sequence[int]) -> list[float]:

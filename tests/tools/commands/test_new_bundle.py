@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 import yaml
 from monai.bundle import ConfigParser
-from monai.networks.nets import BasicUNet
+from monai.networks.nets import BasicUNet, SwinUNETR, ViT
 
+from tests.test_docs import is_plain
 from tools.commands.check import check
 from tools.commands.datalist import msd
 from tools.commands.new_bundle import identifier, new_bundle
@@ -26,8 +25,9 @@ from tools.data.scans import ScanError
 from tools.data.transforms import Above
 from tools.samples.sample_data import sample_data
 from tools.shipping.release import release
-from tools.shipping.verify import verify
+from tools.shipping.verify import BUNDLES, verify
 from tools.training.cards import training_card
+from tools.weights.networks import describe_network, different
 
 SHAPE = (40, 36, 34)
 SMALL = {"memory_gb": 4, "workers": 0, "small": True}
@@ -179,21 +179,27 @@ def test_an_identifier_is_a_text_in_yaml(name):
 # ------------------------------------------------------------------------------------------------ pre-trained weights
 
 
-def backbone(folder):
-    """A small pre-trained UNet with its card."""
-    network = BasicUNet(3, 1, 1, [8, 8, 16, 32, 64, 8])
-    parser = ConfigParser(
-        {"intensity": config(Path("bundles/hybridmim_pretrain"))["intensity"], "window": [-1000, 1000]}
-    )
+NETWORKS = {
+    "UNet": (lambda: BasicUNet(3, 1, 1, [8, 8, 16, 32, 64, 8]), "BasicUNet", 16),
+    "SwinUNETR": (lambda: SwinUNETR(in_channels=1, out_channels=1, feature_size=12), "SwinUNETR", 32),
+    "ViT": (lambda: ViT(1, (32,) * 3, (16,) * 3, 24, 48, 2, 2), "UNETR", 16),
+}
+
+
+def backbone(folder, network):
+    """Pre-trained weights with their card."""
+    window = {**config(BUNDLES / "hybridmim_pretrain"), "window": [-1000, 1000]}
+    parser = ConfigParser({key: window[key] for key in ("intensity", "window")})
     how = Preparation([2.0, 2.0, 3.0], parser.get_parsed_content("intensity"), Above(0.25))
-    card = training_card(network, how, [32, 32, 32], 9, "bundles/hybridmim_pretrain")
+    card = training_card(network, how, [32, 32, 32], 9, BUNDLES / "hybridmim_pretrain")
     save_weights(folder / "backbone.pt", network.state_dict(), card)
-    return folder / "backbone.pt", how
+    return folder / "backbone.pt", how, card
 
 
-def test_weights_bring_their_network_and_preparation(tmp_path, folders, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[3])
-    weights, how = backbone(tmp_path)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_weights_bring_their_network_and_preparation(tmp_path, folders, kind):
+    make_network, named, stride = NETWORKS[kind]
+    weights, how, card = backbone(tmp_path, make_network())
     folder = make(tmp_path, folders, pretrained=str(weights), small=False)
     for name in ("train", "inference"):
         parser = ConfigParser(config(folder, name))
@@ -202,11 +208,44 @@ def test_weights_bring_their_network_and_preparation(tmp_path, folders, monkeypa
         assert own.plain() == how.plain()
         assert [line for line in own.lines if line[0] == "WARNING"] == []
         network = parser.get_parsed_content("network_def")
-        encoder = {k: v.shape for k, v in torch.load(weights).items() if not k.startswith("final_conv")}
-        assert {k: network.state_dict()[k].shape for k in encoder} == encoder
+        assert named in {type(network).__name__, *(base.__name__ for base in type(network).__mro__)}
+        assert different(card["network"], {**describe_network(network), "name": kind}) == {}
+        assert parser["stride"] == stride
+    assert_documented(folder)
+
+
+def assert_documented(folder):
+    """The README's table of keys has the defaults of the bundle's own train.yaml."""
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| .+ \|$", (folder / "docs/README.md").read_text(), re.MULTILINE)
+    written = config(folder)
+    listed = [(key, yaml.safe_load(value)) for key, value in rows if key in written]
+    assert list(map(repr, listed)) == [repr(item) for item in written.items() if is_plain(item[1])]
+
+
+def test_a_small_bundle_is_small_in_its_own_configs(tmp_path, folders):
+    folder = make(tmp_path, folders, small="true")  # as it is typed
+    written, overlay = config(folder), config(folder, "small")
+    for key in overlay.keys() - {"epochs"}:
+        assert written[key] == overlay[key]
+    assert config(folder, "inference")["unet_features"] == overlay["unet_features"]
+    assert written["epochs"] * 2 >= 1500  # steps of two of the four cases
+    assert_documented(folder)
+
+
+def test_weights_without_a_card_are_refused(tmp_path, folders):
+    weights, *_ = backbone(tmp_path, NETWORKS["UNet"][0]())
+    weights.with_suffix(".json").unlink()
     with pytest.raises(CardError, match=r"backbone.json does not exist, expected the card"):
-        weights.with_suffix(".json").unlink()
-        make(tmp_path, folders, "other", pretrained=str(weights))
+        make(tmp_path, folders, pretrained=str(weights))
+    with pytest.raises(CardError, match=r"nowhere.pt does not exist, expected backbone.pt"):
+        make(tmp_path, folders, pretrained=str(tmp_path / "nowhere.pt"))
+
+
+def test_weights_of_ct_are_refused_for_mr(tmp_path):
+    root = write_set(tmp_path / "set", "images/{}.nii.gz", "labels/{}.nii.gz", cases=2, mr=True)
+    weights, *_ = backbone(tmp_path, NETWORKS["UNet"][0]())
+    with pytest.raises(ScanError, match=r"trained on a window of \[-1000.*\] HU, but the scans are MR"):
+        make(tmp_path, root, pretrained=str(weights))
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -255,7 +294,11 @@ WRONG = {
     "background": (CT, {"classes": {"air": [0]}}, r"found \[0\] for air, .*above 0"),
     "no label map": (CT, {"classes": {"a": [1, 2]}}, r"a has the exclusive label values \[1, 2\].*expected one"),
     "2D": (flat, {}, r"2 of 2 cases cannot be used.*(?s:.*)is 2D: found a single slice"),
-    "memory": (CT, {"memory_gb": 0.01}, r"memory_gb: found 0.01 GB, expected at least .* GB for one crop of 32×32×32"),
+    "memory": (
+        CT,
+        {"memory_gb": 0.01},
+        r"memory_gb: found 0.01 GB, expected at least .* GB for a batch of 1 crop.s. of 32×32×32",
+    ),
     "no memory": (CT, {"memory_gb": 0}, "memory_gb: found 0, expected GB above 0"),
     "name": (CT, {"name": "my organ"}, "name: found 'my organ', expected letters, digits and underscores"),
     "no HU": (pictures, {"modality": "CT"}, r"found CT \(--modality\), but .*nothing below -200.*--modality MR"),

@@ -24,6 +24,7 @@ from tools.training.planning import (
     epochs,
     is_cut_out,
     no_flips,
+    plan_pretraining,
     plan_segmentation,
     target_spacing,
     training_cases,
@@ -111,7 +112,7 @@ def test_a_budget_below_the_smallest_crop_says_how_much_is_needed():
     assert crop_voxels(Memory(1 * GB, 3000, 2 * GB), 16, 128**3) == 166_666  # two fit
     assert crop_voxels(Memory(1 * GB, 3000, 1.1 * GB), 16, 128**3) == 32**3  # one fits
     with pytest.raises(
-        ValueError, match=r"memory_gb: found 1\.05 GB, expected at least 1\.1 GB for one crop of 32×32×32"
+        ValueError, match=r"memory_gb: found 1\.05 GB, expected at least 1\.1 GB for a batch of 1 crop\(s\) of 32×32×32"
     ):
         crop_voxels(Memory(1 * GB, 3000, 1.05 * GB), 16, 128**3)
 
@@ -165,6 +166,8 @@ def test_scans_that_are_0_around_are_cut_out():
         (["lung_l", "liver"], []),
         (["Anterior", "Posterior"], ["posterior-anterior"]),
         (["upper_lobe", "lower_lobe"], ["inferior-superior"]),
+        (["left_kidney", "spleen"], ["left-right"]),  # the right one looks alike
+        (["inferior_vena_cava", "spleen"], []),
         (["spleen"], []),
     ],
 )
@@ -225,6 +228,19 @@ def test_weights_bring_their_own_preparation():
     facts, _ = plan_segmentation([case()] * 5, {"a": [1]}, True, Memory(0, 3000, 8 * GB), prepared=prepared)
     assert facts["spacing"] == [1.5, 1.5, 2.0]
     assert (facts["window"], facts["scaled_to"], facts["foreground_above"]) == ([-1000, 1000], [0.001, 1.0], 0.25)
+
+
+@given(st.integers(2, 300), SPACING, BODY, st.floats(4, 60), st.booleans())
+def test_a_plan_for_pre_training_fits_its_geometry_memory_and_contrast(scans, spacing, body, limit, small):
+    memory = Memory(0.5 * GB, 6000, limit * GB)
+    values, _ = plan_pretraining([case(tuple(spacing), tuple(body))] * scans, True, memory, 4, 1e9, small)
+    region, patch = values["region_size"], values["patch_size"]
+    assert all(side % r == 0 and r % p == 0 for side, r, p in zip(values["roi_size"], region, patch, strict=True))
+    assert all(2 * r <= d <= side for side, r, d in zip(values["roi_size"], region, values["decode_size"], strict=True))
+    crops = values["batch_size"] * values["crops_per_volume"]
+    assert 2 <= crops <= 8  # the contrastive term compares them
+    assert memory.fixed + memory.per_voxel * crops * prod(values["roi_size"]) <= memory.limit
+    assert values["num_workers"] == 2
 
 
 def test_intensities_without_a_unit_are_scaled_by_each_scan():
