@@ -17,6 +17,7 @@ from tools.commands.runs import RUNS, bundle_folder, start
 
 COMMANDS: dict[str, Any] = {
     "check": "tools.commands.check:check",
+    "report": "tools.results.report:report",
     "release": "tools.shipping.release:release",
     "serve": "tools.shipping.monailabel:serve",
     "bundles": "tools.commands.bundles:bundles",

@@ -27,7 +27,7 @@ from tools.weights.networks import describe_network
 NAMES = [folder.name for folder in find_bundles(())]
 EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
 MODULES = {"pytorch-ignite": "ignite", "pyyaml": "yaml"}  # where they are not called as the package is
-NOT_IN_A_RUN = {"jsonschema", "jinja2"}  # verify does without; bundles are written in the repository
+NOT_IN_A_RUN = {"jsonschema"}  # verify does without
 
 
 @pytest.fixture(scope="module")
