@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "check": "tools.commands.check:check",
     "new_bundle": "tools.commands.new_bundle:new_bundle",
     "plan": "tools.commands.plan:plan",
+    "report": "tools.results.report:report",
     "release": "tools.shipping.release:release",
     "serve": "tools.shipping.monailabel:serve",
     "bundles": "tools.commands.bundles:bundles",

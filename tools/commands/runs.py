@@ -1,19 +1,19 @@
 """`hybridmim pretrain|finetune|evaluate|segment`: writes the `python -m monai.bundle run …` command, and runs it.
 
-Imports nothing but the standard library, so that `--help` answers at once.
+Imports little, and nothing slow, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tools.common.text import command_text
 
 BUNDLES = Path("bundles"), Path(__file__).resolve().parents[2] / "bundles"
 DEFAULTS = ("unet", "hybridmim")  # need no overlay
@@ -101,17 +101,11 @@ def start(name: str, arguments: Sequence[str]) -> None:
         SystemExit: as in `build`; on Windows also with the status of the command.
     """
     words = build(name, arguments)
-    print(text_of(words), flush=True)
+    print(command_text(words), flush=True)
     words[0] = sys.executable
     if os.name == "posix":  # signals reach the run itself
         os.execv(words[0], words)
     sys.exit(subprocess.call(words))
-
-
-def text_of(words: Sequence[str]) -> str:
-    """A command as it is typed in a shell; lists stand in double quotes, as in the documentation."""
-    plain = re.compile(r"\['[^\"$`\\\\]*")  # in double quotes
-    return " ".join(f'"{word}"' if plain.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def bundle_folder(name: str) -> Path:

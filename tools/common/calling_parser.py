@@ -19,9 +19,9 @@ def calling_parser() -> ConfigParser:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, ConfigParser):
-            return found
+        for name in ("self", "parser"):  # of the parser itself, and of MONAI's commands
+            if isinstance(found := frame.f_locals.get(name), ConfigParser):
+                return found
         frame = frame.f_back
     raise RuntimeError("expected a call from a bundle's config, found no config parser among the callers")
 

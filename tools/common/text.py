@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Sequence
+
+PLAIN_LIST = re.compile(r"\['[^\"$`\\]*")  # in double quotes
 
 
 def parse_bool(value: bool | str) -> bool:
@@ -42,3 +46,8 @@ def first_lines(lines: Iterable[str], most: int = 10) -> str:
     lines = list(lines)
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(f"  {line}" for line in [*lines[:most], *more])
+
+
+def command_text(words: Iterable[str]) -> str:
+    """A command as it is typed in a shell; lists stand in double quotes, as in the documentation."""
+    return " ".join(f'"{word}"' if PLAIN_LIST.fullmatch(word) else shlex.quote(word) for word in words)

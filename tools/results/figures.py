@@ -52,6 +52,7 @@ COMPARISONS = (  # title, y axis, metric, its baseline (a column or a constant),
     ("retrieval of the other view", "accuracy", "val_retrieval_accuracy", "val_retrieval_chance", "chance"),
     ("same scan, another mask", "accuracy", "val_scan_retrieval", "val_scan_mask_chance", "chance"),
     ("same mask, another scan", "accuracy", "val_mask_retrieval", "val_scan_mask_chance", "chance"),
+    ("segmentation", "mean Dice", "val_mean_dice", None, ""),
 )
 SHARES = {"val_scan_variance_": "scan", "val_mask_variance_": "mask"}  # of the features' variance, by stride
 

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from tools.common.cards import card_path
 from tools.shipping.release import merge_overlay
 from tools.shipping.verify import WEIGHTS
-from tools.weights.checkpoints import check_weights
+from tools.weights.checkpoints import WeightsError, check_weights
 
 APP = "monaibundle"
 # outputs of runs, except model.pt
@@ -50,7 +50,14 @@ def require_bundle(bundle: str | Path) -> Path:
         raise ValueError(f"{folder}: found no {', '.join(missing)}; expected a bundle with its weights")
     parser = ConfigParser()
     parser.read_config(folder / "configs/inference.yaml")
-    check_weights(folder / WEIGHTS, parser.get_parsed_content("network_def"))
+    parser["bundle_root"] = str(folder)
+    try:
+        check_weights(folder / WEIGHTS, parser.get_parsed_content("network_def"), folder)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}. MONAI Label reads no overlays: `hybridmim release --bundle NAME --variant OVERLAY "
+            "--weights FILE` writes a bundle that needs none"
+        ) from error
     return folder
 
 
@@ -103,10 +110,19 @@ def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: st
         raise ValueError(f"studies: no such folder: {studies}")
     app = Path(apps_dir).resolve() / APP
     label = [sys.executable, "-m", "monailabel.main"]
-    if not app.exists():
-        subprocess.run([*label, "apps", "--name", APP, "--download", "--output", str(app.parent)], check=True)
-    (app / "model").mkdir(exist_ok=True)
-    names = [add_bundle(bundle, app) for bundle in bundles]
+    for bundle in bundles:  # before anything is written
+        copy = app / "model" / Path(bundle).resolve().name
+        require_bundle(copy if copy.exists() else bundle)
+    new = [folder for folder in (app, app.parent) if not folder.exists()]
+    try:
+        if not app.exists():
+            subprocess.run([*label, "apps", "--name", APP, "--download", "--output", str(app.parent)], check=True)
+        (app / "model").mkdir(exist_ok=True)
+        names = [add_bundle(bundle, app) for bundle in bundles]
+    except BaseException:
+        for folder in new:  # no half app, which the next start would take for a whole one
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     options = [part for key, value in conf.items() for part in ("--conf", key, value)]
     command = [*label, "start_server", "--app", str(app), "--studies", studies, *options]

@@ -47,7 +47,8 @@ def release(
     Args:
         *names: names of bundles in `bundles/`, or folders of bundles; none: all bundles in `bundles/`.
         output: folder to write to.
-        variant: overlay (`swin_unetr`) to merge into the configs; the bundle is then called NAME_VARIANT.
+        variant: overlay (`small`, or several: `small,swin_unetr`) to merge into the configs; the bundle is then called
+            NAME_VARIANT, and needs no overlay, for instance in MONAI Label.
         base_url: base URL of the published zip files, for `model_info.json`.
         weights: file to release as `models/model.pt`, instead of that of the bundle; for a single bundle. Its card is
             released with it.
@@ -84,7 +85,7 @@ def stage(folder: Path, parent: Path, variant: str | None = None, weights: str |
         BundleError: large files are missing or have another hash, or the variant cannot be merged.
     """
     _require_large_files(folder)
-    staged = parent / (folder.name if variant is None else f"{folder.name}_{variant}")
+    staged = parent / (folder.name if variant is None else f"{folder.name}_{variant.replace(',', '_')}")
     for pattern in CONTENT:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not path.name.startswith("."):
@@ -142,23 +143,31 @@ def _require_fit(folder: Path) -> None:
 
 
 def _merge_variant(staged: Path, name: str, variant: str) -> None:
-    """Merge the overlay into `train.yaml` (which `evaluate.yaml` extends) and `inference.yaml`.
+    """Merge the overlays into `train.yaml` (which `evaluate.yaml` extends) and `inference.yaml`.
 
     Some clients, such as MONAI Label, read a single config.
     """
-    overlay = staged / "configs" / f"{variant}.yaml"
-    if not overlay.is_file():
-        raise BundleError(f"--variant: {name} has no configs/{variant}.yaml")
-    changes = yaml.safe_load(overlay.read_text(encoding="utf-8"))
-    train = staged / "configs/train.yaml"
-    before = yaml.safe_load(train.read_text(encoding="utf-8"))
-    unknown = changes.keys() - before.keys()
-    if unknown:
-        raise BundleError(f"--variant: {variant}.yaml sets {sorted(unknown)}, expected keys of {name}'s train.yaml")
-    for config in (train, staged / "configs/inference.yaml"):
-        merged = merge_overlay(config.read_text(encoding="utf-8"), overlay.read_text(encoding="utf-8"))
-        config.write_text(f"# {variant}.yaml is merged into this file.\n{merged}", encoding="utf-8")
+    configs = staged / "configs/train.yaml", staged / "configs/inference.yaml"
+    before = {key: value for config in reversed(configs) for key, value in _read(config).items()}
+    changes: dict[str, Any] = {}
+    for overlay in variant.split(","):
+        file = staged / "configs" / f"{overlay}.yaml"
+        if not file.is_file():
+            raise BundleError(f"--variant: {name} has no configs/{overlay}.yaml")
+        changes |= _read(file)
+        if unknown := changes.keys() - before.keys():
+            raise BundleError(
+                f"--variant: {overlay}.yaml sets {sorted(unknown)}, expected keys of {name}'s train.yaml or "
+                "inference.yaml"
+            )
+        for config in configs:
+            merged = merge_overlay(config.read_text(encoding="utf-8"), file.read_text(encoding="utf-8"))
+            config.write_text(f"# {overlay}.yaml is merged into this file.\n{merged}", encoding="utf-8")
     _rename(staged, name, variant, {key: value for key, value in changes.items() if value != before[key]})
+
+
+def _read(config: Path) -> dict[str, Any]:
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def merge_overlay(config: str, overlay: str) -> str:
@@ -201,7 +210,8 @@ def _rename(staged: Path, name: str, variant: str, changes: dict[str, Any]) -> N
     text = re.sub(rf"\b{name}\b", staged.name, page.read_text(encoding="utf-8"))
     plain = {key: value for key, value in changes.items() if not isinstance(value, dict)}
     text = with_defaults(text, plain)
-    note = f"This is `{name}` with `{variant}.yaml` merged into its configs."
+    overlays = " and ".join(f"`{overlay}.yaml`" for overlay in variant.split(","))
+    note = f"This is `{name}` with {overlays} merged into its configs."
     if plain:
         note += f" Values that differ on this page: {', '.join(f'`{key}` {value}' for key, value in plain.items())}."
     page.write_text(re.sub(r"\A(# .*\n)", rf"\1\n{note}\n", text), encoding="utf-8")

@@ -271,7 +271,7 @@ def build_network(folder: Path) -> nn.Module:
 
 
 def _weights_problems(folder: Path) -> list[str]:
-    check_weights(folder / WEIGHTS, build_network(folder))
+    check_weights(folder / WEIGHTS, build_network(folder), folder)
     return []
 
 
@@ -311,7 +311,7 @@ def _export_problems(folder: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         weights, exported = folder / WEIGHTS, Path(temporary, "model.ts")
         if weights.is_file():
-            network.load_state_dict(check_weights(weights, network))
+            network.load_state_dict(check_weights(weights, network, folder))
         else:
             weights = Path(temporary, "model.pt")
             torch.save(network.state_dict(), weights)

@@ -14,7 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from tools.common.cards import card_path, read_card, require_own
 from tools.common.text import bytes_text
-from tools.weights.networks import describe_network, different, network_text, way_to
+from tools.weights.networks import describe_network, different, network_text, overlays_for, way_to
 
 # keys of the weights in training checkpoints: ours and MONAI's, most others, nnU-Net, and self-distillation
 CONTAINERS = ("model", "state_dict", "network_weights", "net", "student")
@@ -123,8 +123,13 @@ def _sound(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
+def check_weights(path: str | Path, network: nn.Module, bundle: str | Path | None = None) -> dict[str, Tensor]:
     """Read the weights in a file and check that they, and their card if there is one, fit the network exactly.
+
+    Args:
+        path: the file.
+        network: network of the config.
+        bundle: folder of the bundle, whose overlays a message may name; None: that of the config that is running.
 
     Raises:
         WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them. Or the card names
@@ -132,13 +137,17 @@ def check_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
         CardError: the card is damaged, of a later version, or of other weights.
     """
     found = read_weights(path)
-    require_card(path, found, network)
-    require_same(path, found, network.state_dict())
+    require_card(path, found, network, bundle)
+    require_same(path, found, network.state_dict(), bundle)
     return found
 
 
-def require_card(path: str | Path, state: Mapping[str, Tensor], network: nn.Module) -> None:
+def require_card(
+    path: str | Path, state: Mapping[str, Tensor], network: nn.Module, bundle: str | Path | None = None
+) -> None:
     """Check the card beside a file of weights, if there is one: it belongs to them, and names this network.
+
+    The arguments are those of `check_weights`.
 
     Raises:
         WeightsError: the card names another network.
@@ -152,12 +161,17 @@ def require_card(path: str | Path, state: Mapping[str, Tensor], network: nn.Modu
     if different(card["network"], expected):
         raise WeightsError(
             f"{card_path(path)}: network: found {network_text(card['network'])}, expected "
-            f"{network_text(expected)}, which this config builds. {way_to(card['network'], expected)}"
+            f"{network_text(expected)}, which this config builds. {way_to(card['network'], expected, bundle)}"
         )
 
 
-def require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Check that the tensors of a file are those of the network, by name and shape.
+def require_same(
+    path: str | Path,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    bundle: str | Path | None = None,
+) -> None:
+    """Check that the tensors of a file are those of the network, by name and shape; arguments as in `check_weights`.
 
     Raises:
         WeightsError: tensors are missing, unknown or have the wrong shape; the message lists them.
@@ -179,9 +193,19 @@ def require_same(path: str | Path, found: Mapping[str, Tensor], expected: Mappin
     if problems:
         raise WeightsError(
             f"{path}: these are not the weights of {describe(expected)}, they look like {describe(found)}: "
-            f"{'; '.join(problems)}. Choose the overlays and sizes that the checkpoint was trained with "
-            "(for instance configs/swin_unetr.yaml, configs/unetr.yaml, configs/small.yaml, the roi_size of a UNETR)"
+            f"{'; '.join(problems)}. {_advice(found, expected, bundle)}"
         )
+
+
+def _advice(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bundle: str | Path | None) -> str:
+    with suppress(KeyError, IndexError):  # weights that are none of our networks, or not complete
+        network, own = describe_network(found), describe_network(expected)
+        if overlays_for(network, own, bundle):
+            return way_to(network, own, bundle)
+    return (
+        "Choose the overlays and sizes that the checkpoint was trained with "
+        "(for instance configs/swin_unetr.yaml, configs/unetr.yaml, configs/small.yaml, the roi_size of a UNETR)"
+    )
 
 
 def _some(names: list[str]) -> str:

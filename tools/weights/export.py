@@ -52,7 +52,29 @@ class _ZerosBeside(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class SwinUNETR(nets.SwinUNETR):
+class NamesOverlays(nn.Module):
+    """Weights of another network are refused in one sentence, which names the overlay; `ckpt_export` loads strictly."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, as any module does.
+
+        Raises:
+            WeightsError: they are strict and those of another network.
+        """
+        if strict:
+            require_same("checkpoint", state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class BasicUNet(NamesOverlays, nets.BasicUNet):
+    """MONAI's BasicUNet; weights of another network are refused in one sentence."""
+
+
+class UNETR(NamesOverlays, nets.UNETR):
+    """MONAI's UNETR; weights of another network are refused in one sentence."""
+
+
+class SwinUNETR(NamesOverlays, nets.SwinUNETR):
     """MONAI's SwinUNETR, with the same parameters and the same output, for `ckpt_export --use_trace True`.
 
     Tracing freezes everything that depends on the size of the input, so a traced SwinUNETR gives wrong numbers at many

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tools.common.text import size_text
 from tools.losses import Prediction
+from tools.weights.export import NamesOverlays
 
 from .backbones import Backbone, Box, dropout_active, pooled, whole
 from .gathering import gather
@@ -27,7 +28,7 @@ from .masking import Geometry, RandPatchMaskd, another, apply_mask, require_fill
 VIEWS = ("other_masks", "dropout")
 
 
-class HybridMIM(nn.Module):
+class HybridMIM(NamesOverlays):
     """A backbone with the heads of the region level and of the sample level.
 
     Args:

@@ -15,8 +15,9 @@ import fire
 import pytest
 
 from tools.__main__ import COMMANDS, find, help_text, translate
-from tools.commands.runs import RUNS, build, text_of
+from tools.commands.runs import RUNS, build
 from tools.common.command_line import keep_text
+from tools.common.text import command_text
 from tools.shipping import monailabel
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,7 +46,9 @@ def test_every_printed_command_is_the_documented_one():
 
 @pytest.mark.parametrize("words", [["a b", "[1,2]", "it's", "['x','y']", "$None"], ["$x", '["a"]', "['it\\'s $x']"]])
 def test_the_printed_command_is_what_a_shell_reads(words):
-    done = subprocess.run(["sh", "-c", f"printf '%s\\n' {text_of(words)}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {command_text(words)}"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == words
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import BasicUNet
 
 from tools.common.cards import save_weights
+from tools.shipping import monailabel
 from tools.shipping.monailabel import add_bundle, require_bundle, serve
 from tools.shipping.release import merge_overlay
 from tools.shipping.verify import BUNDLES
@@ -47,6 +49,10 @@ def app(tmp_path):
 
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def files_and_folders(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def test_copies_a_bundle_without_what_its_runs_wrote(bundle, app):
@@ -100,6 +106,29 @@ def test_refuses_weights_that_need_an_overlay(bundle, app):
     with pytest.raises(WeightsError, match="are not the weights of a UNet"):
         add_bundle(bundle, app)
     assert not files(app)
+
+
+def test_a_refused_start_leaves_no_app(tmp_path, bundle, monkeypatch):
+    monkeypatch.setattr(monailabel, "require_monailabel", lambda: None)  # is in an environment of its own
+    torch.save(BasicUNet(3, 1, 2, [8, 8, 8, 8, 16, 8]).state_dict(), bundle / "models/model.pt")
+    with pytest.raises(WeightsError, match="MONAI Label reads no overlays: `hybridmim release"):
+        serve(str(tmp_path / "apps"), str(tmp_path), str(bundle))
+    assert not (tmp_path / "apps").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_app_that_could_not_be_written_is_removed(tmp_path, bundle, monkeypatch, there):
+    def write_half(words, check):
+        (tmp_path / "apps/monaibundle/lib").mkdir(parents=True)
+        raise subprocess.CalledProcessError(1, words)
+
+    monkeypatch.setattr(monailabel, "require_monailabel", lambda: None)
+    monkeypatch.setattr(subprocess, "run", write_half)
+    if there:
+        (tmp_path / "apps/mine").mkdir(parents=True)
+    with pytest.raises(subprocess.CalledProcessError):
+        serve(str(tmp_path / "apps"), str(tmp_path), str(bundle))
+    assert files_and_folders(tmp_path / "apps") == ({"mine"} if there else set())
 
 
 @pytest.mark.skipif(find_spec("monailabel") is not None, reason="MONAI Label is installed")

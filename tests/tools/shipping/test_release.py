@@ -20,6 +20,7 @@ from monai.networks.nets import UNETR
 
 from tools.common.cards import card_path, save_weights
 from tools.shipping.install import install
+from tools.shipping.monailabel import require_bundle
 from tools.shipping.release import merge_overlay, release, stage
 from tools.shipping.verify import BUNDLES, BundleError, build_network, find_bundles, verify
 from tools.weights.networks import describe_network
@@ -27,7 +28,7 @@ from tools.weights.networks import describe_network
 NAMES = [folder.name for folder in find_bundles(())]
 EVERY_BUNDLE = pytest.mark.parametrize("name", NAMES)
 MODULES = {"pytorch-ignite": "ignite", "pyyaml": "yaml"}  # where they are not called as the package is
-NOT_IN_A_RUN = {"jsonschema", "jinja2"}  # verify does without; bundles are written in the repository
+NOT_IN_A_RUN = {"jsonschema"}  # verify does without
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,25 @@ def test_weights_of_a_run_go_into_a_variant(bundle, tmp_path):
     release(str(bundle), output=str(tmp_path), variant="swin_unetr", weights=str(tmp_path / "run.pt"))
     archive = zipfile.ZipFile(tmp_path / f"{bundle.name}_swin_unetr_v0.1.0.zip")
     assert archive.read(f"{bundle.name}_swin_unetr/models/model.pt") == (tmp_path / "run.pt").read_bytes()
+
+
+def test_a_small_bundle_needs_no_overlay_in_monai_label(tmp_path):
+    """MONAI Label reads train.yaml and inference.yaml alone, and checks no weights: `require_bundle` does."""
+    source = BUNDLES / "hybridmim_btcv_seg"
+    overlays = [source / f"configs/{name}.yaml" for name in ("inference", "small", "flips")]
+    parser = ConfigParser(ConfigParser.load_config_files(overlays))
+    parser["bundle_root"] = str(source)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), tmp_path / "run.pt")
+    release(str(source), output=str(tmp_path), variant="small,flips", weights=str(tmp_path / "run.pt"))
+    name = "hybridmim_btcv_seg_small_flips"
+    zipfile.ZipFile(tmp_path / f"{name}_v0.1.0.zip").extractall(tmp_path)
+    folder = require_bundle(tmp_path / name)
+    train, inference = (yaml.safe_load((folder / f"configs/{c}.yaml").read_text()) for c in ("train", "inference"))
+    for config in (train, inference):
+        assert (config["unet_features"], config["spacing"]) == ([16, 16, 32, 64, 128, 16], [3.0] * 3)
+    assert (train["epochs"], inference["flip_axes"]) == (40, [1])
+    page = (folder / "docs/README.md").read_text()
+    assert "This is `hybridmim_btcv_seg` with `small.yaml` and `flips.yaml` merged into its configs." in page
 
 
 def save_run(folder, bundle):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR, ViT
@@ -11,6 +15,7 @@ from scripts.hybridmim import HybridMIM
 from scripts.mae import MAE, MAEEncoder
 from scripts.masking import Geometry
 from tools.common.cards import CardError, save_weights
+from tools.shipping.verify import BUNDLES, build_network
 from tools.weights.checkpoints import WeightsError, check_weights
 from tools.weights.export import load_torchscript
 from tools.weights.networks import describe_network
@@ -222,3 +227,55 @@ def test_weights_that_do_not_fit_leave_pre_training_as_it_was(tmp_path):
         load_start(network, backbone, str(tmp_path / "other.pt"))
     assert "configs/small.yaml" in str(error.value) and "--pretrained" not in str(error.value)  # keys of fine-tuning
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+SMALL = [16, 16, 32, 64, 128, 16]  # unet_features of small.yaml
+
+
+@pytest.mark.parametrize(
+    "network, said",
+    [
+        (lambda: unet(1, 3, SMALL), f"These weights have unet_features {SMALL}: add small.yaml"),
+        (
+            lambda: SwinUNETR(1, 3, feature_size=12),
+            "These weights have swin_feature_size 12: add swin_unetr.yaml, small.yaml",
+        ),
+        (lambda: unet(1, 3, [8, 8, 8, 8, 16, 8]), "Choose the overlays and sizes that the checkpoint was trained with"),
+    ],
+    ids=["small", "small swin", "no overlay"],
+)
+def test_a_forgotten_overlay_is_named(network, said, tmp_path):
+    folder = BUNDLES / "hybridmim_hippocampus_seg"
+    torch.save(network().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=re.escape(said)):
+        check_weights(tmp_path / "model.pt", build_network(folder), folder)
+
+
+def test_sizes_that_no_overlay_has_are_named_beside_the_overlay(tmp_path):
+    """By the card, whose network knows all of its sizes."""
+    network = UNETR(1, 3, (32, 32, 32), feature_size=24, hidden_size=192, mlp_dim=768, num_heads=6)
+    card = {"network": describe_network(network), "preparation": PREPARATION, "roi_size": [32] * 3, "versions": {}}
+    save_weights(tmp_path / "model.pt", network.state_dict(), card)
+    folder = BUNDLES / "hybridmim_hippocampus_seg"
+    with pytest.raises(WeightsError, match=r"vit_heads 6: add unetr\.yaml, small\.yaml") as error:
+        check_weights(tmp_path / "model.pt", build_network(folder), folder)
+    assert "vit_heads" not in str(error.value).partition("small.yaml")[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "inferring", "--ckpt_path", "{}/model.pt", "--dataset_dir", "{}"],
+        ["ckpt_export", "--net_id", "network_def", "--ckpt_file", "{}/model.pt", "--filepath", "{}/model.ts"],
+    ],
+    ids=["inferring", "export"],
+)
+def test_inference_and_export_name_a_forgotten_overlay(words, tmp_path):
+    torch.save(unet(1, 3, SMALL).state_dict(), tmp_path / "model.pt")
+    root = BUNDLES / "hybridmim_hippocampus_seg"
+    line = [sys.executable, "-m", "monai.bundle", *(word.format(tmp_path) for word in words)]
+    line += ["--config_file", f"{root}/configs/inference.yaml", "--bundle_root", str(root)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1
+    assert f"These weights have unet_features {SMALL}: add small.yaml" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "model.ts").exists()
