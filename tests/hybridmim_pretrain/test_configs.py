@@ -187,7 +187,7 @@ def test_published_settings_and_the_default(parse):
     assert weights[published] == HybridMIMLoss().weights
     assert weights[usual] == {name: w if name == "loss_pr" else w / 10 for name, w in weights[published].items()}
     steps = [(step.mask_fill, step.views) for step in (p.get_parsed_content("step") for p in (published, usual))]
-    assert steps == [("zero", "dropout"), ("foreign", "other_masks")]
+    assert steps == [("zero", "dropout"), ("zero", "other_masks")]
 
 
 # --------------------------------------------------------------------------------------- a few steps of each kind

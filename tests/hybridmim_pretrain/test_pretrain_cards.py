@@ -71,7 +71,7 @@ METHODS = [
             "name": "HybridMIM",
             "mask_ratio": 0.4,
             "mask_scheme": "two_level",
-            "mask_fill": "foreign",
+            "mask_fill": "zero",
             "weight_loc": 0.01,
         },
     ),
