@@ -40,10 +40,10 @@ class DrawingTrainer(Trainer):
 
 
 class ScoringValidator(Evaluator):
-    """Its metric is the number of batches that it has seen."""
+    """Its metric is a random number, as of masks that the network draws."""
 
     def _iteration(self, engine, batch):
-        engine.state.metrics["score"] = float(engine.state.iteration)
+        engine.state.metrics["score"] = float(torch.rand(()))
 
 
 class Run:
@@ -159,6 +159,21 @@ def test_without_them_only_at_the_ends(tmp_path, minutes):
     )
     run.finish()
     assert names == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint_interval", 0), ("checkpoint_minutes", -1), ("checkpoints_kept", 0), ("checkpoints_kept", None)],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, key, value):
+    values = {
+        "interval": 1,
+        "minutes": 15,
+        "kept": 1,
+        key.removeprefix("checkpoint_").removeprefix("checkpoints_"): value,
+    }
+    with pytest.raises(ValueError, match=f"{key}: found {value}, expected a number, "):
+        SaveCheckpoints(tmp_path, {}, None, **values)
 
 
 def test_two_workers_draw_what_none_draws(tmp_path, whole):
