@@ -201,6 +201,7 @@ class MetricsCSV:
         """Attach to the trainer, after the handler that validates."""
         if idist.get_rank() == 0:
             remove_leftovers(self.path.parent)
+            remove_leftovers(self.path.parent / "figures")
         engine.register_events(*RunEvents)
         engine.state.sums = []
         engine.state_dict_user_keys.append("sums")
