@@ -5,7 +5,7 @@
     python -m tests.kill --processes 2 --workers 0          of one kind
 
 Runs are tiny trainings of the real configs on sample scans, with one checkpoint kept and one written every few steps.
-Every run is killed up to six times, by SIGKILL, or ended by a signal that it answers, and then resumed to its end. It
+Every run is killed up to eight times, by SIGKILL, or ended by a signal that it answers, and then resumed to its end. It
 must have the weights and the metrics.csv, to the last bit, of a run that nothing interrupted, which had no workers.
 Exit code 0: all runs did.
 """
@@ -52,6 +52,7 @@ MOMENTS = {
     "deleting a checkpoint": ("os.remove", "/checkpoint_epoch="),
     "writing weights": ("open", ".model.pt"),
     "naming metrics.csv": ("os.rename", ".metrics.csv"),
+    "in the training": ("os.rename", ".checkpoint_epoch="),
 }
 
 
@@ -248,7 +249,7 @@ def main() -> int:
                     return 1
                 expected[whole] = result(folder)
             folder, ends, wrong = root / f"run_{runs}", [], None
-            for _ in range(numbers.randint(2, 6)):
+            for _ in range(numbers.randint(3, 8)):
                 end = draw(numbers, kind, seconds[whole])
                 codes, after = train(kind, root / "scans", folder, end)
                 if not any(codes):
@@ -277,16 +278,16 @@ def main() -> int:
 
 
 def draw(numbers: random.Random, kind: Kind, seconds: float) -> End:
-    """An end at a random time, or at a chosen moment."""
-    others = list(MOMENTS)[1:]
-    moment, rank = numbers.choice([*["at random"] * len(others), *others]), 0
-    count, delay, number = numbers.randrange(1 if "weights" in moment else 2), 0.0, signal.SIGKILL
-    if moment == "at random":  # in half of the training; a resumed run gets further
+    """An end at a random time or a chosen moment; signals that are answered once the training has begun."""
+    signals = numbers.random() < 0.2
+    chosen = [moment for moment in MOMENTS if moment not in ("at random", "in the training")]
+    moment = "in the training" if signals else numbers.choice([*["at random"] * len(chosen), *chosen])
+    count, delay, rank = numbers.randrange(1 if "weights" in moment else 2), 0.0, 0
+    if moment in ("at random", "in the training"):  # in half of it; a resumed run gets further
         count, delay, rank = 0, numbers.uniform(0.0, seconds / 2), numbers.randrange(kind.processes)
-        number = numbers.choice([signal.SIGKILL] * 2 * len(SIGNALS) + SIGNALS)
     elif moment.startswith("writing"):
         delay = numbers.choice([0.0, numbers.uniform(0.0, 0.004)])
-    return End(moment, count, delay, number, rank)
+    return End(moment, count, delay, numbers.choice(SIGNALS) if signals else signal.SIGKILL, rank)
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:

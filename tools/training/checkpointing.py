@@ -43,6 +43,9 @@ class SaveCheckpoints:
         interval: number of epochs between checkpoints.
         minutes: time between checkpoints, also in the middle of an epoch; 0 or None: only at the end of epochs.
         kept: number of checkpoints to keep.
+
+    Raises:
+        ValueError: one of the numbers is out of range.
     """
 
     def __init__(
@@ -54,6 +57,13 @@ class SaveCheckpoints:
         minutes: float | None,
         kept: int,
     ) -> None:
+        for key, found, least in (
+            ("checkpoint_interval", interval, 1),
+            ("checkpoint_minutes", minutes or 0, 0),
+            ("checkpoints_kept", kept, 1),
+        ):
+            if not isinstance(found, int | float) or found < least:
+                raise ValueError(f"{key}: found {found!r}, expected a number, {least} or more")
         self.folder = Path(folder)
         self.state = state
         self.validator = validator

@@ -32,18 +32,18 @@ class AddNumber(RandomizableTransform):
 
 
 class DrawingTrainer(Trainer):
-    """Its loss is a third of what is drawn: by the transform, by the network, and by Python."""
+    """Its loss is the mean of what is drawn: by the transforms, by the network, and by Python."""
 
     def _iteration(self, engine, batch):
-        loss = (batch["drawn"].double().sum() + torch.rand((), dtype=torch.float64) + random.random()) / 3
-        return {"loss": loss, "scans": batch["scan"].tolist()}
+        drawn = (float(batch["drawn"].sum()), float(torch.rand(())), random.random())
+        return {"loss": torch.tensor(drawn).double().mean(), "scans": batch["scan"].tolist(), "drawn": drawn}
 
 
 class ScoringValidator(Evaluator):
-    """Its metric is the number of batches that it has seen."""
+    """Its metric is a random number, as of masks that the network draws."""
 
     def _iteration(self, engine, batch):
-        engine.state.metrics["score"] = float(engine.state.iteration)
+        engine.state.metrics["score"] = float(torch.rand(()))
 
 
 class Run:
@@ -72,7 +72,7 @@ class Run:
         self.saving.attach(self.trainer)
 
     def _note(self, engine):
-        self.seen.append((engine.state.iteration, engine.state.output["scans"], float(engine.state.output["loss"])))
+        self.seen.append((engine.state.iteration, engine.state.output["scans"], engine.state.output["drawn"]))
 
     def interrupt(self, number, engine, event):
         """Run, and send a signal to this process at an event."""
@@ -99,7 +99,8 @@ def signals():
 @pytest.fixture
 def whole(tmp_path):
     run = Run(tmp_path / "whole").finish()
-    assert len({loss for _, _, loss in run.seen}) == EPOCHS * STEPS  # every step draws anew
+    numbers = {number for *_, drawn in run.seen for number in drawn}
+    assert len(numbers) == 3 * EPOCHS * STEPS  # every step draws anew
     return run, read_metrics(tmp_path / "whole/metrics.csv")
 
 
@@ -161,12 +162,28 @@ def test_without_them_only_at_the_ends(tmp_path, minutes):
     assert names == {"checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint_interval", 0), ("checkpoint_minutes", -1), ("checkpoints_kept", 0), ("checkpoints_kept", None)],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, key, value):
+    values = {
+        "interval": 1,
+        "minutes": 15,
+        "kept": 1,
+        key.removeprefix("checkpoint_").removeprefix("checkpoints_"): value,
+    }
+    with pytest.raises(ValueError, match=f"{key}: found {value}, expected a number, "):
+        SaveCheckpoints(tmp_path, {}, None, **values)
+
+
 def test_two_workers_draw_what_none_draws(tmp_path, whole):
     assert Run(tmp_path, workers=2).finish().seen == whole[0].seen
 
 
 def test_the_seed_matters(tmp_path, whole):
-    assert not {loss for *_, loss in Run(tmp_path, seed=1).finish().seen} & {loss for *_, loss in whole[0].seen}
+    first, second = ({n for *_, drawn in run.seen for n in drawn} for run in (whole[0], Run(tmp_path, seed=1).finish()))
+    assert not first & second
 
 
 def test_a_run_that_is_not_interrupted_leaves_the_signals_as_they_were(tmp_path):
