@@ -21,6 +21,7 @@ SHARED_DATA = ROOT.parent / "shared/data"
 # files that start processes or train; the longest first, so that no process ends long after the others
 LONG = (
     "test_study_smoke",
+    "test_new_bundle",
     "test_install",
     "test_seg_commands",
     "test_commands",

@@ -309,20 +309,24 @@ def _require_classes(
 
 def _of_json(labels: object) -> dict[str, Any]:
     """Classes of a dataset.json: value → name of the Decathlon, or name → value or values of nnU-Net."""
-    if not isinstance(labels, Mapping):
-        raise ScanError(f"labels: found {labels!r} in the dataset.json or data list, expected names and values")
-    return dict(_pairs(labels))
+    try:
+        pairs = dict(_pairs(labels))
+    except (AttributeError, TypeError, ValueError) as error:  # no mapping, no whole numbers
+        raise ScanError(
+            f"labels: found {labels!r} in the dataset.json or data list, expected value → name, or name → values"
+        ) from error
+    if "ignore" in pairs:
+        raise ScanError(
+            f"labels: found 'ignore' ({pairs['ignore']}), expected classes: unlabelled voxels cannot be left out of a "
+            "training; label them, or give the whole cases in a datalist"
+        )
+    return pairs
 
 
 def _pairs(labels: Mapping[str, Any]) -> Iterable[tuple[str, list[int]]]:
     for key, value in labels.items():
         name, values = (value, key) if isinstance(value, str) else (key, value)
         values = [int(one) for one in (values if isinstance(values, list | tuple) else [values])]
-        if name == "ignore":
-            raise ScanError(
-                f"labels: found 'ignore' ({values}), expected classes: unlabelled voxels cannot be left out of a "
-                "training; label them, or give the whole cases in a datalist"
-            )
         if values != [0]:
             yield name, values
 

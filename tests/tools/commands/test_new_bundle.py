@@ -331,6 +331,13 @@ def test_what_is_not_fit_is_not_left(tmp_path, folders, monkeypatch):
     assert list((tmp_path / "bundles").iterdir()) == []
 
 
+@pytest.mark.parametrize("labels", [["a"], {"a": None}, {"one": "a"}])
+def test_labels_that_name_nothing_are_refused(tmp_path, folders, labels):
+    write_json(folders / "dataset.json", {"file_ending": ".nii.gz", "labels": labels})
+    with pytest.raises(ScanError, match=r"labels: found .*expected value → name"):
+        make(tmp_path, folders)
+
+
 def test_labels_to_ignore_are_refused(tmp_path, folders):
     write_json(folders / "dataset.json", {"file_ending": ".nii.gz", "labels": {"background": 0, "a": 1, "ignore": 2}})
     with pytest.raises(ScanError, match=r"found 'ignore' \(\[2\]\), expected classes"):
