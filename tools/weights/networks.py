@@ -105,9 +105,8 @@ def overlays_for(
     files = sorted(Path(bundle, "configs").glob("*.yaml")) if bundle is not None else []
     configs = {file.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
     defaults = configs.get("inference.yaml", {})
-    names = (
-        [OVERLAY_OF[network["name"]]] if network["name"] in OVERLAY_OF and network["name"] != expected["name"] else []
-    )
+    kind = network.get("name")
+    names = [OVERLAY_OF[kind]] if kind in OVERLAY_OF and kind != expected.get("name") else []
     for key, value in network.items():
         if key not in ("name", "in_channels") and value != expected.get(key, defaults.get(key)):
             names += [name for name, overlay in configs.items() if overlay.get(key) == value][:1]
