@@ -91,7 +91,8 @@ def way_to(network: Mapping[str, Any], expected: Mapping[str, Any], bundle: str 
     options = [f'--{key} "{value}"' for key, value in sizes.items()]
     if not overlays:
         return f"Choose the overlays and sizes that it was trained with: {', '.join([*OVERLAYS, *options])}"
-    found = ", ".join(f"{key} {value}" for key, value in network.items() if key not in ("name", "in_channels"))
+    shown = {key: value for key, value in network.items() if key not in ("name", "in_channels") and value is not False}
+    found = ", ".join(f"{key} {value}" for key, value in shown.items())
     return f"These weights have {found}: add {', '.join([*overlays, *options])}"
 
 
