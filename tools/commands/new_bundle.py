@@ -209,8 +209,10 @@ def find_labelled(dataset_dir: str, datalist: str | None) -> Found:
         described = root / "dataset.json"
         content = load_datalist(described) if described.is_file() else {}
     if pairing.problems:
+        listed = first_lines(pairing.problems)
         raise ScanError(
-            f"dataset_dir: {root}: {len(pairing.problems)} problem(s) with its cases:\n{first_lines(pairing.problems)}"
+            f"dataset_dir: {root}: {len(pairing.problems)} problem(s) with its cases:\n{listed}\n"
+            "Repair or remove them, or list the cases that are complete in a datalist"
         )
     if len(pairing.cases) < LEAST_CASES:
         raise ScanError(

@@ -259,6 +259,11 @@ def strangers(root):
     write_set(root, "images/ct_{}.nii.gz", "labels/seg_{}.nii.gz", cases=2)
 
 
+def partly(root):
+    write_set(root, "images/{}.nii.gz", "labels/{}.nii.gz", cases=3)
+    (root / "labels/1.nii.gz").unlink()
+
+
 def flat(root):
     for n in range(2):
         for part in ("images", "labels"):
@@ -278,6 +283,7 @@ WRONG = {
     "no folder": (lambda root: None, {}, "dataset_dir: .*set does not exist"),
     "no labels": (unlabelled, {}, "found no labelled case but images/ .*expected dataset.json.*tools plan"),
     "no common name": (strangers, {}, "no image and label share a name: found ct_0.*in images and seg_0.*rename them"),
+    "one without": (partly, {}, r"(?s)1 problem.*images/1.nii.gz has no label, expected 1.nii.gz.*in a datalist"),
     "one case": (
         lambda root: write_set(root, "images/{}.nii.gz", "labels/{}.nii.gz", cases=1),
         {},
