@@ -28,7 +28,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Creates the folder if it is missing. The temporary name keeps the suffix, which selects the writer's format.
 
     Raises:
-        NotWrittenError: the block or the disk raised an `OSError`; the message says how much space is free.
+        NotWrittenError: the file cannot be written; the message says how much space is free.
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -39,12 +39,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
-    except NotWrittenError:  # of a file that is written together with this one
-        raise
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        places = (str(temporary), str(path.parent))
+        own = temporary.exists() if error.filename is None else str(error.filename) in places
+        if isinstance(error, NotWrittenError) or not own:  # of a file that is written together with this one, or read
+            raise
         raise NotWrittenError(
-            f"{path}: not written: {error.strerror or error}; {bytes_text(free)} are free in {path.parent.absolute()}"
+            f"{path}: not written: {error.strerror or error}; {bytes_text(disk_room(path.parent))} are free in "
+            f"{path.parent.absolute()}"
         ) from error
     finally:
         with suppress(OSError):
@@ -76,7 +78,14 @@ def write_tensors(path: Path, content: Any) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
+def disk_room(folder: str | Path, keep_free: float = 0.0) -> int:
+    """Bytes that can be written to the disk of a folder, which may not exist yet, if a fraction of it is kept free."""
+    folder = Path(folder).absolute()
+    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
+    return max(0, int(disk.free - keep_free * disk.total))
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

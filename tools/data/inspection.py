@@ -20,7 +20,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 from tqdm import tqdm
 
-from tools.common.files import atomic_path
+from tools.common.files import write_json
 from tools.common.text import size_text
 from tools.data.geometry import disagreement
 from tools.data.kinds import UnfitError
@@ -305,10 +305,16 @@ def _recall(remember: Path | None) -> dict[str, Scan]:
         return {}
     try:
         content = json.loads(Path(remember).read_text(encoding="utf-8"))
-        return {key: _from_json(scan) for key, scan in content.items()}
+        if content["sha256"] != _digest(content["scans"]):
+            raise ValueError("changed since it was written")
+        return {key: _from_json(scan) for key, scan in content["scans"].items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         logger.warning("%s cannot be used (%s): scans are read again", remember, error)
         return {}
+
+
+def _digest(scans: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(scans, sort_keys=True).encode()).hexdigest()
 
 
 def _from_json(scan: dict) -> Scan:
@@ -320,7 +326,7 @@ def _save(remember: Path | None, fresh: dict[str, Scan]) -> None:
         return
     scans = {**_recall(remember), **fresh}  # read again: another process may have saved in the meantime
     try:
-        with atomic_path(remember) as temporary:
-            temporary.write_text(json.dumps({key: asdict(scan) for key, scan in scans.items()}), encoding="utf-8")
+        plain = {key: asdict(scan) for key, scan in scans.items()}
+        write_json(remember, {"sha256": _digest(plain), "scans": plain}, indent=None)
     except OSError as error:
         logger.warning("%s cannot be written (%s): scans will be read again at the next start", remember, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tools.data.compressed import GZIP_MAGIC, check_claim, check_size, inflate, 
 from tools.data.dicom import read_dicom
 from tools.data.kinds import SERIES_NAME, UnfitError, is_dicom, require_regular
 from tools.data.rasters import check_directions, check_raster
+from tools.data.scans import ScanError, files_of
 
 NIFTI_HEADER = 540  # bytes of the longest, that of NIfTI-2
 MGH_DATA = 284  # first byte of the voxels
@@ -241,8 +242,19 @@ class LoadScan(LoadImage):
 
 
 class LoadScand(LoadImaged):
-    """`LoadScan` for the entries of a dictionary."""
+    """`LoadScan` for the entries of a dictionary.
+
+    Raises:
+        ScanError: a file is missing or damaged; a scan may change while a run lasts. The message names it.
+    """
 
     def __init__(self, keys: KeysCollection) -> None:
         super().__init__(keys)
         self._loader = LoadScan()
+
+    def __call__(self, data: Mapping[str, Any], reader: Any = None) -> dict[str, Any]:
+        """Load them."""
+        try:
+            return super().__call__(data, reader)
+        except UnfitError as reason:
+            raise ScanError(f"{', '.join(files_of(data))}: {reason}") from reason

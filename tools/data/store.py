@@ -26,7 +26,6 @@ from enum import Enum
 from itertools import product
 from math import ceil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import blosc2
@@ -36,7 +35,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from tools.common.files import atomic_path
+from tools.common.files import atomic_path, disk_room
 from tools.common.processes import is_alive, process_mark
 from tools.common.text import bytes_text
 
@@ -94,13 +93,14 @@ class Store:
         try:
             header = torch.load(path, weights_only=True)
             found = header["format"]
+            entry = Entry(self, name, header) if found == FORMAT else None
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # of any kind, by a damaged file
             raise DamagedError(f"{path.name} cannot be read ({_first_line(error)})") from error
-        if found != FORMAT:
+        if entry is None:
             raise DamagedError(f"{path.name} is of another version: found {found!r}, expected {FORMAT}")
-        return Entry(self, name, header)
+        return entry
 
     def write(self, name: str, data: Mapping[str, Any]) -> None:
         """Write an entry, completely or not at all. Four-dimensional tensors are its volumes, [C, H, W, D].
@@ -329,13 +329,6 @@ def _bins(slab: np.ndarray, low: float, scale: np.float32) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------- room and memory
-
-
-def disk_room(folder: str | Path, keep_free: float = 0.0) -> int:
-    """Bytes that can be written to the disk of a folder, which may not exist yet, if a fraction of it is kept free."""
-    folder = Path(folder).absolute()
-    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
-    return max(0, int(disk.free - keep_free * disk.total))
 
 
 def memory_root() -> Path:

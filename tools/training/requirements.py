@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tools.common.files import disk_room
 from tools.common.text import axis_ranges, bytes_text
 from tools.data.datasets import CACHES
 from tools.data.inspection import Scan
 from tools.data.preparation import Preparation
-from tools.data.store import KEEP_FREE, disk_room, memory_root
+from tools.data.store import KEEP_FREE, memory_root
 from tools.weights.checkpoints import WeightsError, check_weights
 from tools.weights.training_checkpoints import newest_checkpoint
 

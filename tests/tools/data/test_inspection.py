@@ -474,10 +474,11 @@ def test_a_crash_of_a_reader_is_put_down_to_its_scan(tmp_path, monkeypatch):
 
 
 def tamper(remember):
-    content = json.loads(remember.read_text())
-    for scan in content.values():
+    """As another reader would have written it."""
+    scans = json.loads(remember.read_text())["scans"]
+    for scan in scans.values():
         scan["low"] = -123456.0
-    remember.write_text(json.dumps(content))
+    remember.write_text(json.dumps({"sha256": inspection._digest(scans), "scans": scans}))
 
 
 def rewrite(path, write):
@@ -552,13 +553,38 @@ def test_a_memory_serves_several_data_sets(tmp_path):
     items = [item(write_nifti(tmp_path / f"{n}.nii")) for n in range(2)]
     inspect_scans(items[:1], channels=1, remember=tmp_path / "scans.json")
     inspect_scans(items[1:], channels=1, remember=tmp_path / "scans.json")
-    assert len(json.loads((tmp_path / "scans.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "scans.json").read_text())["scans"]) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text.replace('"low": ', '"low": 1'),
+        lambda text: text.replace("10, 12, 14", "10, 12, 15"),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "\0" * len(text),
+        lambda text: "[]",
+        lambda text: json.dumps(json.loads(text)["scans"]),  # of an earlier version
+    ],
+)
+def test_a_memory_that_is_damaged_or_was_changed_is_not_believed(tmp_path, caplog, spoil):
+    items, remember = [item(write_nifti(tmp_path / "a.nii"))], tmp_path / "scans.json"
+    first = inspect_scans(items, channels=1, remember=remember)
+    good = remember.read_text()
+    remember.write_text(spoil(good))
+    assert remember.read_text() != good
+    assert inspect_scans(items, channels=1, remember=remember) == first
+    assert f"{remember} cannot be used" in caplog.text
+    assert remember.read_text() == good
 
 
 def test_problems_are_looked_at_again(tmp_path):
     items = [item(write_nifti(tmp_path / "a.nii")), item(cut(write_nifti(tmp_path / "b.nii")))]
     inspect_scans(items, channels=1, remember=tmp_path / "scans.json")
-    assert [scan["image"] for scan in json.loads((tmp_path / "scans.json").read_text()).values()] == [items[0]["image"]]
+    assert [scan["image"] for scan in json.loads((tmp_path / "scans.json").read_text())["scans"].values()] == [
+        items[0]["image"]
+    ]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"image": "x"}}', "\xff"])
@@ -568,7 +594,7 @@ def test_a_corrupt_memory_is_replaced(tmp_path, content, caplog):
     items = [item(write_nifti(tmp_path / "a.nii"))]
     assert inspect_scans(items, channels=1, remember=remember)[0].problem is None
     assert "scans are read again" in caplog.text
-    assert len(json.loads(remember.read_text())) == 1
+    assert len(json.loads(remember.read_text())["scans"]) == 1
 
 
 def test_a_memory_that_cannot_be_written_is_only_logged(tmp_path, caplog):
@@ -589,7 +615,7 @@ def test_an_interrupted_start_keeps_what_it_has_read(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "inspect_scan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         inspect_scans(items, channels=1, remember=tmp_path / "scans.json")
-    assert len(json.loads((tmp_path / "scans.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "scans.json").read_text())["scans"]) == 2
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="starting afresh is slow")
@@ -604,7 +630,7 @@ def test_several_ranks_may_share_a_memory(tmp_path):
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
-    assert len(json.loads(remember.read_text())) == 6
+    assert len(json.loads(remember.read_text())["scans"]) == 6
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -19,9 +19,9 @@ from tools.data.compressed import inflate
 from tools.data.hounsfield import doubtful_values
 from tools.data.inspection import inspect_scan, inspect_scans
 from tools.data.kinds import UnfitError
-from tools.data.loading import open_scan
+from tools.data.loading import LoadScand, open_scan
 from tools.data.processes import in_processes
-from tools.data.scans import find_scans
+from tools.data.scans import ScanError, find_scans
 
 
 def problem(path, **options):
@@ -265,3 +265,15 @@ def test_cases_from_the_field(case):
     found = problem(SHARED / "field_cases" / case)
     assert FIELD[case] in found
     assert bool(FIELD[case]) == bool(found), found
+
+
+def test_a_scan_that_is_deleted_or_damaged_during_a_run_is_named(tmp_path):
+    load = LoadScand("image")
+    path = write_nifti(tmp_path / "a.nii")
+    assert load({"image": str(path)})["image"].shape == (1, *SHAPE)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ScanError, match=rf"{path}: is truncated"):
+        load({"image": str(path)})
+    path.unlink()
+    with pytest.raises(ScanError, match=rf"{path}: does not exist"):
+        load({"image": str(path)})

@@ -160,6 +160,15 @@ def other_version(path):
     torch.save({**header, "format": 0}, path)
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
+def unlike_any_pickle(path):
+    """Of these, torch's reader raises an IndexError."""
+    path.write_bytes(b"0" * 100)
+
+
 @pytest.mark.parametrize(
     ("file", "spoil", "reason"),
     [
@@ -168,6 +177,9 @@ def other_version(path):
         ("scan.b2nd", cut, r"scan\.b2nd cannot be read|of scan\.b2nd is damaged"),
         ("scan.b2nd", zero, r"scan\.b2nd cannot be read"),
         ("scan.pt", zero, r"scan\.pt cannot be read"),
+        ("scan.b2nd", empty, r"scan\.b2nd cannot be read"),
+        ("scan.pt", empty, r"scan\.pt cannot be read"),
+        ("scan.pt", unlike_any_pickle, r"scan\.pt cannot be read"),
         ("scan.pt", cut, r"scan\.pt cannot be read"),
         ("scan.pt", other_version, r"scan\.pt is of another version: found 0, expected 1"),
     ],
