@@ -66,6 +66,8 @@ def bundle_files(facts: Path) -> dict[str, str]:
         for name in template.list_templates():
             if not name.startswith(PARTS):
                 text = template.get_template(name).render(known)
+                if not text.strip():  # not for this bundle
+                    continue
                 written[name] = COLUMN.sub(lambda line: f"{line[1]:<{int(line[2]) - 1}} ", text)
         json.loads(written["configs/metadata.json"])
     except json.JSONDecodeError as error:
@@ -114,12 +116,14 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
             (name, f"{notes[name]}, label{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}")
             for name, values in classes.items()
         ]
+    terms = yaml.safe_load((TEMPLATE / PARTS / "coded_terms.yaml").read_text(encoding="utf-8"))
     if unknown := facts["no_flips"].keys() - set(AXES):
         raise ValueError(f"no_flips names {sorted(unknown)}, expected of {list(AXES)}")
     return {
         "labels": labels,
         "label_text": ", ".join(f"{value} {name}" for value, name in labels.items()),
         "class_text": ", ".join(f"{name} ({note})" if note else name for name, note in described),
+        "coded_terms": {name: json.dumps(terms.get(name, terms["other"])).replace('"', "") for name in classes},
         "out_channels": len(classes) + softmax,
         "flips": [0 if axis in facts["no_flips"] else facts["flip_probability"] for axis in AXES],
         "spacing_text": _spacing_text(spacing) if spacing else facts["own_spacing"],
