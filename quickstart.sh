@@ -9,7 +9,7 @@ fi
 scans=${1:+$(realpath "$1")}
 cd "$(dirname "$0")"
 . ./setup.sh
-# what MONAI says at every start, and README.md once: configs are code
+# what MONAI says at every start, and docs/pretraining.md once: configs are code
 export PYTHONWARNINGS="ignore:parsing config_file,ignore:Detected deprecated name"
 
 pretrain=bundles/hybridmim_pretrain
@@ -35,7 +35,7 @@ cat <<END
 pictures:  $(find $run/figures -name 'reconstruction_epoch=*.png' | sort | tail -n 1)   input, masked, reconstruction, error
            $run/figures/curves.png   every loss term, and the metrics beside chance
 metrics:   $run/metrics.csv
-weights:   $run/models/backbone.pt   loads into monai.networks.nets.BasicUNet (README.md says how)
+weights:   $run/models/backbone.pt   loads into monai.networks.nets.BasicUNet (docs/weights.md says how)
 END
 [ ${#cases[@]} -gt 0 ] || exit 0
 
