@@ -42,7 +42,7 @@ LONG = (
     "test_hybridmim",
 )
 
-# more of what faster tests look at, too: see README.md, "Two commands"
+# more of what faster tests look at, too: see README.md, "Develop it"
 SLOW = (
     "test_the_smoke_preset",  # each of its commands is tested by itself
     # bundles of the same template as hybridmim_brats_seg

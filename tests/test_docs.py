@@ -118,6 +118,13 @@ def test_there_are_pages_and_commands():
     assert len(TOOLS_COMMANDS) > 3
 
 
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = PAGES[ROOT / "README.md"]
+    assert len(text.splitlines()) <= 200
+    missing = [page for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in text]
+    require_none(f"README.md does not link to {page.name}" for page in missing)
+
+
 def test_commands_run_from_the_root_or_inside_the_bundle():
     faults = []
     for command in MONAI_COMMANDS:
@@ -248,11 +255,11 @@ def test_tools_commands_in_the_text_exist():
     require_none(f"{page}: {words}: {why}" for page, words, why in found if why)
 
 
-README = "\n".join(code_blocks(PAGES[ROOT / "README.md"], "python"))
+SNIPPETS = "\n".join(code_blocks(PAGES[ROOT / "docs/weights.md"], "python"))
 
 
 def small(snippet: str) -> str:
-    """The README's code with the sizes of `small.yaml`, which build faster."""
+    """The page's code with the sizes of `small.yaml`, which build faster."""
     config = read(ROOT / "bundles/hybridmim_pretrain/configs/small.yaml")
     features, size = tuple(config["unet_features"]), config["swin_feature_size"]
     snippet, first = re.subn(r"(?m)^features = \(.*?\)", f"features = {features}", snippet)
@@ -270,7 +277,7 @@ def test_the_snippets_load_a_backbone_into_the_monai_network(overlays: list[str]
     weights = parser.get_parsed_content("backbone").state_dict()
     monkeypatch.setattr(torch, "load", lambda path, weights_only: weights)
     scope: dict[str, Any] = {}
-    exec(small(README), scope)
+    exec(small(SNIPPETS), scope)
     network = scope["network"]
     assert type(network).__module__.startswith("monai.")
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in scope["kept"].items())
@@ -279,5 +286,5 @@ def test_the_snippets_load_a_backbone_into_the_monai_network(overlays: list[str]
 
 def test_the_snippet_has_the_default_sizes():
     config = read(ROOT / "bundles/hybridmim_pretrain/configs/train.yaml")
-    assert f"features = {tuple(config['unet_features'])}" in README
-    assert f"feature_size = {config['swin_feature_size']}" in README
+    assert f"features = {tuple(config['unet_features'])}" in SNIPPETS
+    assert f"feature_size = {config['swin_feature_size']}" in SNIPPETS

@@ -80,6 +80,8 @@ def render(facts: Mapping[str, Any]) -> dict[str, str]:
         for name in template.list_templates():
             if not name.startswith(PARTS):
                 text = template.get_template(name).render(_in_json(known) if name.endswith(".json") else known)
+                if not text.strip():  # not for this bundle
+                    continue
                 written[name] = COLUMN.sub(lambda line: f"{line[1]:<{int(line[2]) - 1}} ", text)
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
@@ -131,6 +133,7 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
             (name, f"{notes[name]}, label{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}")
             for name, values in classes.items()
         ]
+    terms = yaml.safe_load((TEMPLATE / PARTS / "coded_terms.yaml").read_text(encoding="utf-8"))
     if unknown := facts["no_flips"].keys() - set(AXES):
         raise ValueError(f"no_flips names {sorted(unknown)}, expected of {list(AXES)}")
     scaled, above = (facts.get(key, known[facts["intensity"]]) for key, known in PREPARED.items())
@@ -142,6 +145,7 @@ def _derived(facts: dict[str, Any]) -> dict[str, Any]:
         "labels": labels,
         "label_text": ", ".join(f"{value} {name}" for value, name in labels.items()),
         "class_text": ", ".join(f"{name} ({note})" if note else name for name, note in described),
+        "coded_terms": {name: json.dumps(terms.get(name, terms["other"])).replace('"', "") for name in classes},
         "out_channels": len(classes) + softmax,
         "flips": [0 if axis in facts["no_flips"] else facts["flip_probability"] for axis in AXES],
         "spacing_text": _spacing_text(spacing) if spacing else facts["own_spacing"],

@@ -414,6 +414,20 @@ def read_dicom(path: Path, max_bytes: float) -> nib.Nifti1Image:
     return nib.Nifti1Image(volume, np.diag([-1.0, -1, 1, 1]) @ affine)
 
 
+def slice_files(path: Path) -> list[Path]:
+    """Files of a series of single slices, in the order of the slices of `read_dicom`.
+
+    Raises:
+        UnfitError: there is no series, or there are several; or a file holds several slices.
+    """
+    if not path.exists() and not path.parent.is_dir():
+        raise UnfitError("does not exist any more")
+    frames = _sorted_frames(find_series(path).headers)
+    if any(frame.number >= 0 for frame in frames):
+        raise UnfitError(f"holds several slices in {frames[0].path.name}, expected a file for each")
+    return [frame.path for frame in frames]
+
+
 def _check_types(headers: dict[Path, pydicom.Dataset]) -> None:
     """Refuse slices of different size or pixel type, colour images, and mosaics."""
     paths = list(headers)

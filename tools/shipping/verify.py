@@ -33,7 +33,7 @@ jsonschema, has_jsonschema = optional_import("jsonschema")
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 NECESSARY = ("LICENSE", "configs/inference.yaml", "configs/metadata.json", "configs/train.yaml", "docs/README.md")
 ALONE = ("train.yaml", "inference.yaml")  # all other configs are overlays
-OF_INFERENCE = ("flips.yaml", "torchscript.yaml")  # on inference.yaml; the others on train.yaml
+OF_INFERENCE = ("dicom_seg.yaml", "flips.yaml", "torchscript.yaml")  # on inference.yaml; the others on train.yaml
 META_KEYS = {
     **dict.fromkeys(("version", "monai_version", "pytorch_version", "numpy_version"), str),
     **dict.fromkeys(("name", "task", "description", "authors", "copyright", "intended_use"), str),
