@@ -30,6 +30,21 @@ def ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers(*engines: Engine) -> None:
+    """End the workers of data loaders: at the end of the process, Python would for ever wait for those that are left.
+
+    It ends them with a signal, which they ignore.
+    """
+    for engine in engines:
+        loader = getattr(engine, "data_loader", None)
+        iterator = getattr(loader, "_iterator", None)  # there if the workers are kept between epochs
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # those that did not end within seconds
+            loader._iterator = None
+
+
 class SaveCheckpoints:
     """Saves the training state every so many epochs, every so many minutes, after the last epoch, and on a signal.
 
@@ -105,6 +120,8 @@ class SaveCheckpoints:
                 before = {}  # further signals are not needed
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if not interrupted:
+                _end_workers(trainer, self.validator)
         if interrupted:
             self._leave(trainer)
 

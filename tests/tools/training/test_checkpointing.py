@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,3 +192,34 @@ def test_a_run_that_is_not_interrupted_leaves_the_signals_as_they_were(tmp_path)
     before = [signal.getsignal(number) for number in SIGNALS]
     Run(tmp_path).finish()
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+KEPT_WORKERS = """
+import sys
+from monai.data import DataLoader
+from monai.engines import Evaluator, Trainer
+from tools.training.checkpointing import SaveCheckpoints, ignore_signals
+
+class Training(Trainer):
+    def _iteration(self, engine, batch):
+        if sys.argv[2] == "error":
+            raise ValueError("of a step")
+        return {}
+
+loader = DataLoader([1, 2], num_workers=1, persistent_workers=True, worker_init_fn=ignore_signals)
+trainer, validator = Training("cpu", 1, loader, decollate=False), Evaluator("cpu", [0], decollate=False)
+saving = SaveCheckpoints(sys.argv[1], {"trainer": trainer}, validator, interval=1, minutes=None, kept=1)
+saving.attach(trainer)
+try:
+    saving.run(trainer)
+finally:
+    sys.kept = loader, trainer  # referred to until the very end
+"""
+
+
+@pytest.mark.parametrize("ends", ["well", "error"])
+def test_the_process_ends_though_workers_ignore_signals(tmp_path, ends):
+    line = [sys.executable, "-c", KEPT_WORKERS, str(tmp_path), ends]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert done.returncode == (0 if ends == "well" else 1), done.stderr
+    assert ("of a step" in done.stderr) == (ends == "error")
