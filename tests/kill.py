@@ -41,7 +41,7 @@ from tests.whole_runs import same
 from tools.samples.sample_data import sample_data
 from tools.training.checkpointing import INTERRUPTED, SIGNALS
 from tools.training.requirements import training_memory
-from tools.weights.training_checkpoints import checkpoints, newest_checkpoint
+from tools.weights.training_checkpoints import checkpoints
 
 EPOCHS, KEEPS = 3, {"interval": 1, "minutes": 0.001, "kept": 1}
 # the event of Python and a part of the file's name, upon which the process is killed, perhaps a little later
@@ -97,7 +97,7 @@ def options(kind: Kind, scans: Path, folder: Path) -> tuple[list[str], dict[str,
         **{f"checkpoint_{name}": value for name, value in KEEPS.items() if name != "kept"},
         "checkpoints_kept": KEEPS["kept"],
         **{"dataset_dir": str(scans / kind.bundle), "epochs": EPOCHS, "batch_size": 1, "num_workers": kind.workers},
-        **{"val_interval": 8, "cache": "none", "resume": newest_checkpoint(folder / "models") is not None},
+        **{"val_interval": 8, "cache": "none", "resume": "auto"},
     }
     if kind.bundle == "pretrain":
         files = [str(pretrain.ROOT / name) for name in pretrain.config_files(configs)]
@@ -252,9 +252,10 @@ def main() -> int:
             for _ in range(numbers.randint(3, 8)):
                 end = draw(numbers, kind, seconds[whole])
                 codes, after = train(kind, root / "scans", folder, end)
-                if not any(codes):
-                    break  # it ended before
                 interrupted = end.number != signal.SIGKILL
+                trained = (folder / f"models/checkpoint_epoch={EPOCHS}.pt").is_file()
+                if not any(codes) or (interrupted and trained):  # signals are answered until the report is written
+                    break  # it ended before
                 wanted = INTERRUPTED if interrupted else -signal.SIGKILL
                 ends.append(f"{signal.Signals(end.number).name} {end.moment}, after {after:.1f} s")
                 done[ends[-1].partition(",")[0]] += 1

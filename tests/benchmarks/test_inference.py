@@ -1,6 +1,9 @@
+import pytest
+
 from benchmarks.inference import main
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_labels(capsys):
     found = main(size=96, slices=80, roi=32, steps=5)
     assert found["voxels"] == 96 * 96 * 80 and found["classes"] > 5  # of a network that learnt a little

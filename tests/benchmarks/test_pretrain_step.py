@@ -45,6 +45,7 @@ def test_the_published_step_has_the_same_network_and_reconstruction_and_region_l
     assert 0 <= agreement.item() <= 0.01 * 64
 
 
+@pytest.mark.slow
 def test_a_table_has_every_variant(capsys):
     main(overlays="small", crops=2, steps=1, variants_only=f"{PUBLISHED},{OURS}")
     table = capsys.readouterr().out

@@ -33,6 +33,7 @@ def smooth_scans(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans, tmp_path):
     flow = workflow(
         "train",
@@ -64,7 +65,7 @@ def test_reconstruction_and_contrast_leave_chance_behind(workflow, smooth_scans,
     assert last["val_retrieval_accuracy"] > 5 * last["val_retrieval_chance"]
 
 
-@pytest.mark.slow  # the test above sees the term learn, too
+@pytest.mark.slow
 def test_the_contrastive_term_learns_on_sample_scans(workflow, tmp_path):
     """With the settings of the quickstart and the published ones, for 8 epochs."""
     sample_data(str(tmp_path / "ct"), "ct_abdomen", cases=16)

@@ -81,7 +81,8 @@ def test_inference_shows_the_scan_as_training_does(parse, ct):
     _, item = ct
     options = {"roi_size": [32, 32, 32], "region_size": [16, 16, 16], "patch_size": [8, 8, 8]}
     training = loaded(parse(["train"], **{**options, "foreground_above": -1.0}), item)["image"]
-    prepared = parse(["inference"], **options, decode_size=[32, 32, 32]).get_parsed_content("preprocessing")(dict(item))
+    options |= {"decode_size": [32, 32, 32], "mask_fill": "foreign"}
+    prepared = parse(["inference"], **options).get_parsed_content("preprocessing")(dict(item))
     scan = np.asarray(prepared["scan"])
     pad = [(new - old) // 2 for new, old in zip(scan.shape[1:], training.shape[1:], strict=True)]
     box = (slice(None), *(slice(p, p + n) for p, n in zip(pad, training.shape[1:], strict=True)))

@@ -19,6 +19,9 @@ OPTIONS = {
 EPOCHS = 100
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def learnt(run_bundle, samples, tmp_path_factory):
     """A UNet trained on one hippocampus, validated and evaluated on the same."""

@@ -48,6 +48,7 @@ class FolderLock:
         self.path = Path(folder, "run.lock").resolve()
         self.text = json.dumps({**_this_process(), "command": shlex.join(sys.orig_argv)})
         self.pid = os.getpid()
+        self._made = False  # whether this lock made the folder
         self._ended = threading.Event()
 
     def acquire(self) -> None:
@@ -58,6 +59,7 @@ class FolderLock:
         """
         if self.path in _held:
             return
+        self._made = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as file:
@@ -78,6 +80,8 @@ class FolderLock:
         with suppress(OSError):
             if self._look()[0] == held.text:
                 self.path.unlink()
+                if held._made:
+                    self.path.parent.rmdir()  # if it is still empty: the start was refused
 
     def _look(self) -> tuple[str, int]:
         """Content and date; opening makes clients of NFS ask for both anew."""

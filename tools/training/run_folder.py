@@ -35,7 +35,7 @@ from tools.weights.training_checkpoints import newest_checkpoint
 NAME = "run.json"
 # what a run writes to its two folders; caches and results of checks stay
 WRITTEN = ("run.json", "config.yaml", "metrics.csv", "events.out.tfevents*", "validation", "figures", "bad_batch*")
-WRITTEN += ("checkpoint*", "model.*", "backbone.*")
+WRITTEN += ("checkpoint*", "model.*", "backbone.*", "evaluation*", "report.html")
 OF_A_START = {"resume", "overwrite", "resume_changed", "bundle_root"}  # say nothing about the run
 OF_THE_CHECKPOINT = {"seed", "learning_rate", "weight_decay", "encoder_lr_multiplier"}  # are restored from it
 
@@ -115,7 +115,7 @@ class RunFolder:
         found = output or checkpoints
         if found is None or self.overwrite:
             return found
-        if self.resume == "false":
+        if self.resume == "false" and "monailabel" not in sys.modules:  # which trains on from its own weights
             place = self.output_dir if output else self.ckpt_dir
             raise RunError(
                 f"{place} holds {_run_text(found)}; this start is another one ({_start_text(_this_start())}): "

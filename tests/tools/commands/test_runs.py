@@ -79,7 +79,7 @@ def test_a_bundle_is_found_by_its_name_or_folder(given):
         (["--bundle", "heart"], "found heart, expected the folder of a bundle or one of hybridmim_brats_seg"),
         (
             ["--bundle", "btcv", "--method", "mae"],
-            "hybridmim_btcv_seg has no configs/mae.yaml, expected one of evaluate",
+            "hybridmim_btcv_seg has no configs/mae.yaml, expected one of dicom_seg, evaluate",
         ),
         (["--bundle", "btcv", "--overlay", "plans/mine.yaml"], "plans/mine.yaml: no such file"),
     ],

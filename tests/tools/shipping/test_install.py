@@ -259,6 +259,7 @@ def test_nothing_else_can_be_imported(far):
     assert far("-c", code).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_downloaded_bundle_segments_after_its_training(far, trained, cases):
     """Inside the bundle's folder this time."""
     options = {"config_file": "configs/inference.yaml", "dataset_dir": cases / "imagesTr", **TINY}
