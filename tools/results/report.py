@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
+import logging
 import os
 import platform
 import sys
@@ -25,6 +27,8 @@ from tools.common.files import atomic_path
 from tools.common.tables import read_metrics
 from tools.common.text import bytes_text, command_text
 from tools.results.figures import COMPARISONS, curves_figure
+
+logger = logging.getLogger(__name__)
 
 NAME = "report.html"
 PICTURES = {  # file, of which the last in the order of names is shown: title, text
@@ -114,7 +118,7 @@ def report(folder: str) -> None:
         folder: `output_dir` of a run.
 
     Raises:
-        ValueError: there is no such folder, or it holds nothing to show.
+        ValueError: there is no such folder, it holds nothing to show, or one of its files is damaged.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -135,16 +139,51 @@ def report(folder: str) -> None:
 def report_run(folder: str | Path) -> None:
     """Write the report at the end of a run (rank 0 only); called from a config.
 
-    Raises:
-        ValueError: as in `report`.
+    What the run is for has been written: without the page, it has not failed.
     """
-    if idist.get_rank() == 0:
+    if idist.get_rank() > 0:
+        return
+    try:
         report(str(folder))
+    except Exception as error:
+        logger.warning("%s is not written, everything else is: %s", Path(folder, NAME), error)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if there is no file.
+
+    Raises:
+        ValueError: it is no table.
+    """
+    try:
+        rows = read_metrics(path)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: found no CSV ({error}), expected a table of the run") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path}: found a row of another length than its head, expected a table of the run")
+    return rows
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if there is no file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}), expected what the run wrote") from error
+    if not isinstance(content, dict) or not isinstance(content.get("versions", {}), dict):
+        raise ValueError(f"{path}: found other entries, expected what the run wrote, with `versions`")
+    return content
 
 
 def _parts(root: Path) -> Iterator[Part]:
     metrics = root / "metrics.csv"
-    if read_metrics(metrics):
+    if measured := _rows(metrics):
         with tempfile.TemporaryDirectory() as temporary:
             curves = Path(temporary, "curves.png")
             with redirect_stdout(None):
@@ -154,11 +193,10 @@ def _parts(root: Path) -> Iterator[Part]:
                 "Dashed, where there is such a line: what chance or the simplest guess reaches.",
                 _image(curves),
             )
-    rows = list(_beside_chance(read_metrics(metrics)))
-    if rows:
+    if rows := list(_beside_chance(measured)):
         yield Part("Beside chance", "The last validation of the training.", rows=rows)
     for name, title in TABLES.items():
-        if rows := read_metrics(root / name):
+        if rows := _rows(root / name):
             yield Part(title, f"From {name}.", rows=[_short(row) for row in rows])
     for pattern, (title, text) in PICTURES.items():
         for picture in sorted(root.glob(pattern))[-1:]:
@@ -193,17 +231,14 @@ def _is_number(cell: str) -> bool:
 
 def _bundle(root: Path) -> str:
     """Name of the bundle, from the card of the weights."""
-    for name in ("models/model.json", "models/backbone.json"):
-        if (root / name).is_file():
-            return json.loads((root / name).read_text(encoding="utf-8"))["versions"].get("bundle", "")
-    return ""
+    cards = (_content(root / "models" / name) for name in ("model.json", "backbone.json"))
+    return next((card.get("versions", {}).get("bundle", "") for card in cards if card), "")
 
 
 def _facts(root: Path) -> list[tuple[str, str]]:
     """How the folder came about: the training, by its run.json, and the process that writes the page."""
     facts: list[tuple[str, str]] = []
-    if (root / "run.json").is_file():
-        run = json.loads((root / "run.json").read_text(encoding="utf-8"))
+    if run := _content(root / "run.json"):
         versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
         known: dict[str, Any] = {
             "trained": f"{run.get('time', '')} on {run.get('host', '')}",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tools.results.figures import reconstruction_figure, segmentation_figure
-from tools.results.report import report
+from tools.results.report import report, report_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 METRICS = """epoch,loss,val_loss,val_masked_mse,val_mean_mse,val_location_auroc,\
@@ -125,6 +125,22 @@ def test_a_table_of_many_cases_is_folded(run):
     (run / "evaluation_cases.csv").write_text("\n".join(["case,class,dice", *rows]) + "\n")
     report(str(run))
     assert "<summary>40 rows</summary>" in (run / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["run.json", "models/model.json", "metrics.csv", "evaluation.csv"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"[1]\n2,3\n"])
+def test_a_damaged_file_is_named_and_leaves_the_old_page(run, name, content):
+    (run / "report.html").write_text("old")
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{run / name}: found ")):
+        report(str(run))
+    assert (run / "report.html").read_text() == "old"
+
+
+def test_a_run_that_has_ended_well_does_not_fail_for_want_of_a_page(run, caplog):
+    (run / "run.json").write_text("{")
+    report_run(run)
+    assert f"{run / 'report.html'} is not written, everything else is: {run / 'run.json'}: found no JSON" in caplog.text
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
