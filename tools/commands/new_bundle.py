@@ -411,7 +411,12 @@ def build(network: Mapping[str, Any], channels: int, outputs: int, side: int) ->
     if kind == "UNet":
         return BasicUNet(3, channels, outputs, network["unet_features"])
     if kind == "SwinUNETR":
-        return SwinUNETR(in_channels=channels, out_channels=outputs, feature_size=network["swin_feature_size"])
+        return SwinUNETR(
+            in_channels=channels,
+            out_channels=outputs,
+            feature_size=network["swin_feature_size"],
+            use_v2=network.get("swin_use_v2", False),
+        )
     return UNETR(
         channels,
         outputs,
