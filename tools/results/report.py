@@ -240,9 +240,11 @@ def _facts(root: Path) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     if run := _content(root / "run.json"):
         versions = ", ".join(f"{name} {value}" for name, value in run.get("versions", {}).items())
+        first, *later = [*(run.get("earlier") or []), run]
         known: dict[str, Any] = {
-            "trained": f"{run.get('time', '')} on {run.get('host', '')}",
-            "training command": run.get("command"),
+            "trained": f"{first.get('time', '')} on {first.get('host', '')}",
+            "training command": first.get("command"),
+            "continued": later and f"{len(later)} ×, last {run.get('time', '')} on {run.get('host', '')}",
             "versions of the training": versions,
             "git": run.get("git"),
         }

@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import shlex
 import socket
 import sys
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from tools.common.files import atomic_path
 from tools.common.processes import is_alive, process_mark
+from tools.common.text import command_text
 
 BEAT = 15.0  # seconds
 PATIENCE = 90.0  # seconds; clients of NFS may see a date a minute late
@@ -46,7 +46,7 @@ class FolderLock:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder, "run.lock").resolve()
-        self.text = json.dumps({**_this_process(), "command": shlex.join(sys.orig_argv)})
+        self.text = json.dumps({**_this_process(), "command": command_text(sys.orig_argv)})
         self.pid = os.getpid()
         self._made = False  # whether this lock made the folder
         self._ended = threading.Event()

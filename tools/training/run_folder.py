@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import yaml
 from tools.common.config import config_text
 from tools.common.files import atomic_path, write_json
 from tools.common.tables import print_table
-from tools.common.text import first_lines, parse_bool
+from tools.common.text import command_text, first_lines, parse_bool
 from tools.data.scans import paths_of
 from tools.training.locks import FolderLock
 from tools.weights.training_checkpoints import newest_checkpoint
@@ -255,7 +254,7 @@ def _this_start() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "command": shlex.join(sys.orig_argv),
+        "command": command_text(sys.orig_argv),
     }
 
 

@@ -6,6 +6,7 @@ import gzip
 import logging
 import os
 import resource
+import signal
 import socket
 
 import nibabel as nib
@@ -86,6 +87,21 @@ def test_a_scan_is_at_most_so_large(tmp_path):
 # ----------------------------------------------------------------------------------------------- pipes and devices
 
 
+@pytest.fixture
+def in_a_minute():
+    """A test that would wait for ever fails."""
+
+    def end(_number, _frame):
+        raise TimeoutError("something waits for ever")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("in_a_minute")
 def test_what_is_no_file_is_never_opened(tmp_path):
     write_nifti(tmp_path / "a.nii")
     os.mkfifo(tmp_path / "pipe")  # to open it would wait forever

@@ -117,7 +117,17 @@ def test_the_command_of_the_training_is_that_of_its_run_json(run):
     page = html.unescape((run / "report.html").read_text("utf-8"))
     assert f"<th>training command</th><td><code>{command}</code>" in page
     assert "2026-01-02 03:04:05 on station" in page
-    assert "torch 2.13.0" in page
+    assert "torch 2.13.0" in page and "<th>continued</th>" not in page
+
+
+def test_the_command_of_a_run_that_was_continued_is_its_first(run):
+    earlier = [{"command": "the first", "time": "2026-01-01 00:00:00", "host": "a"}]
+    content = {"command": "the second", "time": "2026-01-02 00:00:00", "host": "b", "earlier": earlier}
+    (run / "run.json").write_text(json.dumps(content))
+    report(str(run))
+    page = (run / "report.html").read_text("utf-8")
+    assert "<th>training command</th><td><code>the first</code>" in page
+    assert "<th>continued</th><td><code>1 ×, last 2026-01-02 00:00:00 on b</code>" in page
 
 
 def test_a_table_of_many_cases_is_folded(run):
