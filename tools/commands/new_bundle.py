@@ -65,12 +65,14 @@ class Found:
         layout: of `tools.data.cases`.
         modalities: names of the channels, if each has a separate file.
         content: its dataset.json or data list, or nothing.
+        train: number of cases for training, the first, if a data list has some for validation, too.
     """
 
     cases: list[dict[str, Any]]
     layout: str
     modalities: list[str] | None
     content: dict[str, Any]
+    train: int | None = None
 
 
 def new_bundle(
@@ -125,10 +127,12 @@ def new_bundle(
     outputs = len(named) + (activation == "softmax")
     stride = 32 if network["name"] == "SwinUNETR" else 16
     memory = network_memory(network, scans[0].channels, outputs, stride, memory_gb)
-    planned, rows = plan_segmentation(
-        cases, named, kind == "CT", memory, stride, small, None if card is None else card["preparation"]
-    )
-    rows = [*_found_rows(scans, cases, named, kind, activation, network, card, pretrained), *rows]
+    prepared = None if card is None else card["preparation"]
+    planned, rows = plan_segmentation(cases, named, kind == "CT", memory, stride, small, prepared, found.train)
+    split = ("fold 0 of 5 validates", "the same split on every machine")
+    if found.train is not None:
+        split = (f"{len(cases) - found.train} validate", "as the data list says")
+    rows = [*_found_rows(scans, cases, split, named, kind, activation, network, card, pretrained), *rows]
     facts = {
         **_described(name, Path(dataset_dir), found, scans, named, kind, activation),
         **planned,
@@ -192,17 +196,17 @@ def find_labelled(dataset_dir: str, datalist: str | None) -> Found:
     Raises:
         ScanError: there are none, files have no counterpart, or there are too few.
     """
-    root = require_folder(dataset_dir)
+    root, train = require_folder(dataset_dir), None
     if datalist is not None:
-        listed = [
-            case
-            for section in ("training", "validation")
-            for case in read_datalist(datalist, dataset_dir, section, labels=True)
-        ]
-        pairing, layout, content = Pairing([case for case in listed if "label" in case]), "msd", load_datalist(datalist)
+        sections = [read_datalist(datalist, dataset_dir, name, labels=True) for name in ("training", "validation")]
+        labelled = [[case for case in section if "label" in case] for section in sections]
+        pairing, layout, content = Pairing([*labelled[0], *labelled[1]]), "msd", load_datalist(datalist)
+        if all(labelled):
+            train = len(labelled[0])
         if not pairing.cases:
             raise ScanError(
-                f"{datalist}: found {len(listed)} entries without 'label', expected some with image and label"
+                f"{datalist}: found {sum(map(len, sections))} entries without 'label', expected some with image and "
+                "label"
             )
     else:
         pairing, layout = _pair(root)
@@ -223,7 +227,7 @@ def find_labelled(dataset_dir: str, datalist: str | None) -> Found:
     modalities = None
     if isinstance(image, list):
         modalities = list(CHANNELS) if layout == "brats" else [f"{number:04d}" for number in range(len(image))]
-    return Found(pairing.cases, layout, modalities, content)
+    return Found(pairing.cases, layout, modalities, content, train)
 
 
 def _pair(root: Path) -> tuple[Pairing, str]:
@@ -469,6 +473,7 @@ def memory_limit(memory_gb: float | None) -> float:
 def _found_rows(
     scans: Sequence[Scan],
     cases: Sequence[Case],
+    split: tuple[str, str],
     classes: Classes,
     modality: str,
     activation: str,
@@ -482,8 +487,7 @@ def _found_rows(
         Row(
             "cases",
             f"{len(scans)} of {axis_ranges([case.shape for case in cases])} voxels",
-            "fold 0 of 5 validates",
-            "the same split on every machine",
+            *split,
         ),
         Row(
             "modality",

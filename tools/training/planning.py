@@ -20,7 +20,7 @@ from tools.data.fingerprint import Case
 
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 MOST_VOXELS = 128**3  # of a crop, and of one with the small network
-MOST_VOXELS_SMALL = 64**3
+MOST_VOXELS_SMALL = 48 * 64 * 48
 START_VOXELS = 256**3  # of the crop that is then made smaller
 ANISOTROPIC = 3  # times the other voxel sides
 COARSER = 1.03
@@ -140,7 +140,7 @@ def crop_size(spacing: Sequence[float], body: Sequence[float], stride: int, most
     return crop.tolist()
 
 
-def batch(crop: Sequence[int], voxels: int, case_voxels: float, cases: int) -> tuple[int, int]:
+def batch(crop: Sequence[int], voxels: int, case_voxels: float, cases: int, most: int = MOST_CROPS) -> tuple[int, int]:
     """Cases in a batch, and crops of each.
 
     Args:
@@ -148,10 +148,11 @@ def batch(crop: Sequence[int], voxels: int, case_voxels: float, cases: int) -> t
         voxels: that fit into memory.
         case_voxels: of a case.
         cases: for training.
+        most: crops.
     """
     room = max(voxels // prod(crop), 1)
     share = int(BATCH_SHARE * case_voxels * cases / prod(crop))
-    crops = min(room, MOST_CROPS, max(share, LEAST_CROPS))
+    crops = min(room, most, max(share, LEAST_CROPS))
     each = min(crops, cases, LEAST_CROPS)
     return each, crops // each
 
@@ -297,6 +298,7 @@ def plan_segmentation(
     stride: int = 16,
     small: bool = False,
     prepared: Mapping[str, Any] | None = None,
+    train: int | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Decide how a segmentation is trained.
 
@@ -308,6 +310,7 @@ def plan_segmentation(
         stride: of the network.
         small: whether the network is that of `small.yaml`.
         prepared: entry `preparation` of the card of weights, which is then taken over.
+        train: number of cases for training; None: all but the first fold.
 
     Returns:
         Facts of the bundle, and the decisions as a table.
@@ -321,8 +324,9 @@ def plan_segmentation(
     most = crop_voxels(memory, stride, MOST_VOXELS_SMALL if small else MOST_VOXELS)
     given = "plan" if prepared is None else prepared["spacing"]
     geometry = plan_geometry(cases, least, stride, most, given)
-    train = training_cases(len(cases))
-    batch_size, crops = batch(geometry.roi_size, memory.voxels, prod(geometry.size), train)
+    train = train or training_cases(len(cases))
+    most_crops = LEAST_CROPS if small else MOST_CROPS
+    batch_size, crops = batch(geometry.roi_size, memory.voxels, prod(geometry.size), train, most_crops)
     steps = STEPS_SMALL if small else STEPS
     facts: dict[str, Any] = {
         **_intensity(cases, hounsfield, prepared),
@@ -365,7 +369,7 @@ def plan_segmentation(
             "batch_size × crops_per_volume",
             f"{train} cases to train; {bytes_text(memory.limit)}",
             f"{batch_size} × {crops}, about {bytes_text(used)}",
-            "as many crops as fit, two to four, at most 5 % of all voxels",
+            "two crops, for a CPU" if small else "as many crops as fit, two to four, at most 5 % of all voxels",
         ),
         _intensity_row(cases, facts, taken if prepared else None),
         Row(

@@ -136,6 +136,8 @@ def test_a_data_list_names_cases_and_classes(tmp_path, folders):
     folder = make(tmp_path, folders, datalist=str(tmp_path / "list.json"))
     assert config(folder)["classes"] == {"a": [1], "b": [2]}
     assert list(config(folder)["classes"]) == ["a", "b"]  # in the order of the channels of the network
+    split = json.loads((folder / "docs/plan.json").read_text())["decisions"][0]
+    assert (split["decided"], split["why"]) == ("1 validate", "as the data list says")
 
 
 def test_the_plan_is_kept_and_says_why(tmp_path, folders, capsys):

@@ -106,6 +106,7 @@ def test_a_batch_fits_into_memory(room, cases, case_voxels):
 def test_a_batch_is_no_large_part_of_few_small_cases():
     assert prod(batch([64] * 3, 100 * 64**3, 1e8, 500)) == 4
     assert prod(batch([64] * 3, 100 * 64**3, 64**3, 5)) == 2
+    assert prod(batch([64] * 3, 100 * 64**3, 1e8, 500, most=2)) == 2
 
 
 def test_a_budget_below_the_smallest_crop_says_how_much_is_needed():
@@ -207,6 +208,7 @@ def test_a_plan_fits_into_the_memory(spacing, body, limit, stride, small):
     crops = facts["batch_size"] * facts["crops_per_volume"]
     assert memory.fixed + memory.per_voxel * crops * prod(facts["roi_size"]) <= memory.limit
     assert all(row.found and row.decided and row.why for row in rows)
+    assert crops <= (2 if small else 4)
 
 
 @given(st.floats(2, 8), st.floats(8, 80))
