@@ -80,6 +80,22 @@ def test_a_signal_to_all_processes_ends_the_run_with_a_checkpoint(ct_scans, tmp_
     assert line.endswith(f"; {written} is written: the same command with --resume true continues")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_a_signal_before_the_first_step_ends_with_the_exit_code_that_starts_again(ct_scans, tmp_path):
+    process = start(0, ct_scans, tmp_path, 0)
+    lock = tmp_path / "out/run.lock"
+    while not lock.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)  # it imports, reads scans and builds the network, for seconds
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "SIGUSR1: interrupted while no step was under way: the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert not lock.exists()
+
+
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_and_resumed_run_ends_as_the_uninterrupted_one(run_bundle, workflow, ct_scans, tmp_path, workers):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -204,6 +204,9 @@ VENTRICLES = (
 LIVER, TUMOUR = 6, 14  # labels of the abdomen; tumours are drawn for `ct_liver` alone
 LIVER_LABELS = {1: "liver", 2: "cancer"}
 SPLEEN_LABELS = {1: "spleen"}
+ORGAN_LABELS = {1: "liver", 2: "spleen", 3: "right_kidney", 4: "left_kidney"}
+ORGANS = (6, 1, 2, 3)  # their labels in the abdomen
+COARSE = 1.6  # times the voxel sides of the abdomen
 
 HIPPOCAMPUS_LABELS = {1: "Anterior", 2: "Posterior"}
 HIPPOCAMPUS_FIELD = (36, 50, 37)  # mm of the reference crop, whose x points to the midline
@@ -283,12 +286,18 @@ def _blend(volume: np.ndarray, hu: np.ndarray | float, distance: np.ndarray, vox
     volume += np.clip(0.5 - distance / voxel, 0, 1) * (hu - volume)
 
 
-def ct_abdomen(rng: np.random.Generator, tumours: bool = False) -> Case:
-    """Draw CT [X, Y, Z] in HU (int16) with the 13 organs, and with tumours in the liver if wanted."""
+def ct_abdomen(rng: np.random.Generator, tumours: bool = False, coarser: float = 1) -> Case:
+    """Draw CT [X, Y, Z] in HU (int16) with the 13 organs, and with tumours in the liver if wanted.
+
+    Args:
+        rng: draws the patient.
+        tumours: whether there are some.
+        coarser: factor on the sides of voxels.
+    """
     fat, wall, phase = rng.uniform(9, 26), rng.uniform(11, 15), rng.uniform(0, 1)
-    width, between = 2 * (146 + wall + 1.25 * fat), float(rng.choice([3.0, 3.27, 3.75, 4.0, 4.5]))
-    columns = int(np.clip(width / rng.uniform(2.45, 3.0), 96, 144))
-    size = (columns, columns, int(np.clip(rng.uniform(275, 300) / between, 64, 96)))
+    width, between = 2 * (146 + wall + 1.25 * fat), float(rng.choice([3.0, 3.27, 3.75, 4.0, 4.5])) * coarser
+    columns = int(np.clip(width / rng.uniform(2.45, 3.0), 96, 144) / coarser)
+    size = (columns, columns, int(np.clip(rng.uniform(275, 300) / between, 64 / coarser, 96 / coarser)))
     spacing = np.round([width / columns, width / columns, between], 3)
     grid = Grid(rng, size, spacing, np.array([0, 0, rng.uniform(4, 16)]), 3.5)
     x, y, z = grid.points
@@ -423,6 +432,12 @@ def ct_spleen(rng: np.random.Generator) -> Case:
     """Draw the abdomen with the spleen alone (1)."""
     image, labels, spacing = ct_abdomen(rng)
     return image, (labels == 1).astype(np.uint8), spacing
+
+
+def ct_organs(rng: np.random.Generator) -> Case:
+    """Draw the abdomen in coarse voxels, with its largest organs alone."""
+    image, labels, spacing = ct_abdomen(rng, coarser=COARSE)
+    return image, sum((labels == old) * np.uint8(new) for new, old in enumerate(ORGANS, start=1)), spacing
 
 
 def brain_mri(rng: np.random.Generator) -> Case:

@@ -21,11 +21,13 @@ from tools.samples.anatomy import (
     CHANNELS,
     HIPPOCAMPUS_LABELS,
     LIVER_LABELS,
+    ORGAN_LABELS,
     SPLEEN_LABELS,
     Case,
     brain_mri,
     ct_abdomen,
     ct_liver,
+    ct_organs,
     ct_spleen,
     hippocampus_mri,
 )
@@ -78,6 +80,7 @@ KINDS = {
                   BRATS + "_{channel}.nii.gz", BRATS + "_seg.nii.gz", dataset_json=False),
     "liver": Kind(ct_liver, ("CT",), LIVER_LABELS, *_decathlon("liver_{number}"), first=0),
     "spleen": Kind(ct_spleen, ("CT",), SPLEEN_LABELS, *_decathlon("spleen_{number}")),
+    "organs": Kind(ct_organs, ("CT",), ORGAN_LABELS, *_decathlon("organs_{number:03d}")),
     "hippocampus": Kind(hippocampus_mri, ("MRI",), HIPPOCAMPUS_LABELS, *_decathlon("hippocampus_{number:03d}"),
                         orientations=("RAS",)),
 }
@@ -166,6 +169,7 @@ def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> No
         brats: `brain_mri` as a folder for each case with a file for each channel, as in BraTS 2020.
         liver: the abdomen with 1 liver and 2 cancer, as in the Decathlon's Task03_Liver.
         spleen: the abdomen with 1 spleen, as in Task09_Spleen.
+        organs: the abdomen in voxels of about 5 mm with 1 liver, 2 spleen, 3 right and 4 left kidney; Decathlon-style.
         hippocampus: crops of MRI at 1 mm with 1 anterior and 2 posterior hippocampus, as in Task04_Hippocampus.
 
     Sizes, voxel spacings (mm) and orientations differ between cases; hippocampus crops differ only in size. A case

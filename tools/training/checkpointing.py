@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +31,41 @@ def ignore_signals(_worker: int) -> None:
     """`worker_init_fn` of data loaders: signals to all processes of a run are the trainer's to answer."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class SignalsEndTheProcess:
+    """While no step is under way, a signal ends the process with `INTERRUPTED`, too: the same command begins again.
+
+    A queue that starts a run anew upon this exit code then does so as well if the scans are still being read.
+
+    Args:
+        first: what is done before the process ends.
+    """
+
+    def __init__(self, first: Callable[[], None]) -> None:
+        self.first = first
+        self.before: dict[int, Any] = {}
+
+    def start(self) -> None:
+        """From now on; in the main thread, because Python allows it no other one."""
+        if threading.current_thread() is threading.main_thread() and not self.before:
+            self.before = {number: signal.signal(number, self._end) for number in SIGNALS}
+
+    def stop(self) -> None:
+        """As it was before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        said = f"\n{signal.Signals(number).name}: interrupted while no step was under way: the same command goes on\n"
+        os.write(2, said.encode())  # a print could have been interrupted
+        self.first()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # do not wait for the scans that they are reading
+        with suppress(RuntimeError):  # it is being written to
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)  # an exception would be caught by imports that MONAI makes
 
 
 def _end_workers(*engines: Engine) -> None:

@@ -28,6 +28,7 @@ from tools.common.files import atomic_path, write_json
 from tools.common.tables import print_table
 from tools.common.text import command_text, first_lines, parse_bool
 from tools.data.scans import paths_of
+from tools.training.checkpointing import SignalsEndTheProcess
 from tools.training.locks import FolderLock
 from tools.weights.training_checkpoints import newest_checkpoint
 
@@ -76,6 +77,7 @@ class RunFolder:
             raise ValueError(f"overwrite: found true, together with resume: {self.resume}; expected one of them")
         self.locks = [FolderLock(folder) for folder in dict.fromkeys(map(Path.resolve, self._folders))]
         self.claimed: dict[str, Any] | None = None  # the run that is here already
+        self.signals = SignalsEndTheProcess(self.release)
 
     @property
     def _folders(self) -> tuple[Path, Path]:
@@ -89,16 +91,18 @@ class RunFolder:
     def claim(self) -> None:
         """Make sure that no other run is at work in the folders, and that this start may use them (rank 0).
 
+        From now on, signals end this process with the exit code after which it may be started again.
+
         Raises:
             FolderInUseError: another run is at work there.
             RunError: they hold another run.
         """
-        if idist.get_rank() > 0:
-            return
-        for lock in self.locks:
-            lock.acquire()
-        with self._released_if_refused():
-            self.claimed = self._usable()
+        if idist.get_rank() == 0:
+            for lock in self.locks:
+                lock.acquire()
+            with self._released_if_refused():
+                self.claimed = self._usable()
+        self.signals.start()
 
     @contextmanager
     def _released_if_refused(self) -> Iterator[None]:
@@ -183,6 +187,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other runs use the folders."""
+        self.signals.stop()
         for lock in self.locks:
             lock.release()
 

@@ -8,7 +8,7 @@ import pytest
 from tools.samples.anatomy import ABDOMEN_LABELS, BRAIN_LABELS, CHANNELS
 from tools.samples.sample_data import KINDS, ORIENTATIONS, sample_data
 
-CASES = {"ct_abdomen": len(ORIENTATIONS), "brain_mri": 2, "liver": 2, "hippocampus": 8}
+CASES = {"ct_abdomen": len(ORIENTATIONS), "brain_mri": 2, "liver": 2, "hippocampus": 8, "organs": 2}
 ORGANS = {name: label for label, name in ABDOMEN_LABELS.items()}
 
 
@@ -114,6 +114,20 @@ def test_abdomen_grid(written):
         right, anterior, superior = canonical.header.get_zooms()
         assert right == anterior
         assert 1.8 <= right <= 3.1 and 2.5 <= superior <= 5
+
+
+def test_the_largest_organs_in_coarse_voxels(written):
+    bounds = {"liver": (900, 2300), "spleen": (70, 250), "right_kidney": (80, 220), "left_kidney": (80, 220)}
+    folder, cases = written["organs"]
+    names = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert [names[str(number)] for number in range(1, 5)] == list(bounds)
+    for image, label, _, array in cases:
+        assert image.shape[0] * image.shape[1] * image.shape[2] < 96 * 96 * 64  # the smallest of `ct_abdomen`
+        assert 4 < min(image.header.get_zooms()) < 6
+        for number, (least, most) in enumerate(bounds.values(), start=1):
+            assert least < volume(label, array, number) < most
+        (liver, *_), (spleen, *_), (right, *_), (left, *_) = (centroid(label, array, n) for n in range(1, 5))
+        assert liver > right > left > spleen  # + is the patient's right
 
 
 def test_every_organ_in_every_case_with_a_plausible_volume(written):
