@@ -110,13 +110,19 @@ def prepare_training(
     return _saying(own, f"of this config: {_text(own.plain())}", warnings)
 
 
-def prepare_as_trained(own: Preparation, ckpt_path: str | Path, preparation: str = "as_trained") -> Preparation:
+def prepare_as_trained(
+    own: Preparation,
+    ckpt_path: str | Path,
+    preparation: str = "as_trained",
+    roi_size: Sequence[int] | None = None,
+) -> Preparation:
     """Return how scans are prepared for weights that segment: as their card says.
 
     Args:
         own: the config's, which is used if the weights have no card. The start table names every difference.
         ckpt_path: file of the weights.
         preparation: `as_trained`, or `own`: the config's in any case.
+        roi_size: size of the windows, voxels: the start table warns of one that is not that of the crops in training.
 
     Raises:
         CardError: the card is damaged, or its preparation is unknown here.
@@ -129,13 +135,23 @@ def prepare_as_trained(own: Preparation, ckpt_path: str | Path, preparation: str
         return _saying(own, f"of this config, because {source} does not exist: {_text(own.plain())}")
     before = card["preparation"]
     differences = _differences(own.plain(), before)
+    crops = card.get("roi_size")
+    windows = []
+    if None not in (roi_size, crops) and list(roi_size) != list(crops):  # norms depend on the size
+        windows = [
+            (
+                "WARNING",
+                f"windows of {size_text(roi_size)}, crops of {size_text(crops)} in training: results can be much worse "
+                f'(--roi_size "{list(crops)}")',
+            )
+        ]
     if preparation == "own":
         warnings = [
             ("WARNING", f"{what}: {here} here, {there} in training ({source})") for what, here, there in differences
         ]
-        return _saying(own, f"of this config: {_text(own.plain())}", warnings)
+        return _saying(own, f"of this config: {_text(own.plain())}", [*warnings, *windows])
     unused = [("", f"not this config's {what}, {here} (--preparation own)") for what, here, _ in differences]
-    return _saying(_of_card(source, before, own), f"as in training ({source}): {_text(before)}", unused)
+    return _saying(_of_card(source, before, own), f"as in training ({source}): {_text(before)}", [*unused, *windows])
 
 
 def _saying(preparation: Preparation, text: str, more: Sequence[tuple[str, str]] = ()) -> Preparation:

@@ -128,6 +128,17 @@ def test_segmentation_prepares_scans_as_the_weights_were_trained(tmp_path):
     assert without.plain() == OWN.plain() and f"{tmp_path / 'other.json'} does not exist" in without.lines[0][1]
 
 
+def test_windows_of_another_size_than_the_crops_of_training_are_warned_of(tmp_path):
+    path = weights_of(tmp_path, OWN, "model.pt")
+    for choice in ("as_trained", "own"):
+        (warning,) = prepare_as_trained(OWN, path, choice, [64, 48, 48]).lines[1:]
+        assert warning == (
+            "WARNING",
+            'windows of 64×48×48, crops of 32×32×32 in training: results can be much worse (--roi_size "[32, 32, 32]")',
+        )
+        assert prepare_as_trained(OWN, path, choice, [32, 32, 32]).lines[1:] == []
+
+
 def test_unknown_choices_are_refused(tmp_path):
     with pytest.raises(ValueError, match="preprocessing: found 'pretrained', expected own or as_pretrained"):
         training(None, "pretrained")
