@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -9,9 +10,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import nibabel as nib
 from monai.bundle import ConfigParser
 
 from tools.common.cards import card_path
+from tools.common.files import atomic_path
+from tools.common.text import first_lines, parse_bool
+from tools.data.kinds import UnfitError, dicom_files
+from tools.data.loading import open_scan
+from tools.data.scans import ScanError
 from tools.shipping.release import merge_overlay
 from tools.shipping.verify import WEIGHTS
 from tools.weights.checkpoints import WeightsError, check_weights
@@ -87,7 +94,53 @@ def add_bundle(bundle: str | Path, app: Path) -> str:
     return name
 
 
-def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: str = "127.0.0.1") -> None:
+def convert_dicom(studies: str | Path, convert: bool) -> list[Path]:
+    """Write the DICOM series in a folder's subfolders as `SUBFOLDER.nii.gz` in it, where there is none yet.
+
+    MONAI Label passes over folders among its studies.
+
+    Args:
+        studies: folder of the scans.
+        convert: false only tells which are passed over.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ScanError: a series cannot be read; the message names it. What was converted before it stays.
+    """
+    root = Path(studies)
+    targets = {
+        folder: root / f"{folder.name}.nii.gz"
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".") and dicom_files(folder)
+    }
+    new = {folder: target for folder, target in targets.items() if not target.exists()}
+    if new and not convert:
+        names = [folder.name for folder in new]
+        print(
+            f"{root}: MONAI Label does not see DICOM in folders; `--convert true` writes NIfTI:\n{first_lines(names)}"
+        )
+        return []
+    for folder, target in new.items():
+        try:
+            scan = open_scan(folder)
+        except UnfitError as reason:
+            raise ScanError(f"{folder}: {reason}") from reason
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(gzip.compress(nib.Nifti1Image(scan.dataobj, scan.affine).to_bytes(), compresslevel=1))
+        print(f"{folder} is written as {target}")
+    return list(new.values())
+
+
+def serve(
+    apps_dir: str,
+    studies: str,
+    *bundles: str,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    convert: bool = False,
+) -> None:
     """Serve scans with MONAI Label: viewers can request segmentations, correct them, and start a training on them.
 
     Runs until it is interrupted. A bundle that is already in the app is not replaced, and keeps what it has learnt;
@@ -99,8 +152,11 @@ def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: st
         bundles: folders of bundles with `models/model.pt`.
         port: port of the server.
         host: address that the server listens on; 0.0.0.0 allows access from other machines, without a password.
+        convert: whether DICOM series in subfolders of `studies` are written to it as NIfTI; MONAI Label does not see
+            them.
 
     Raises:
+        ScanError: a DICOM series cannot be read.
         ValueError: MONAI Label is not installed, the folder of scans does not exist, or a bundle cannot be served.
     """
     require_monailabel()
@@ -108,6 +164,7 @@ def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: st
         raise ValueError("bundles: found none, expected the folder of at least one")
     if "://" not in studies and not Path(studies).is_dir():
         raise ValueError(f"studies: no such folder: {studies}")
+    convert = parse_bool(convert)
     app = Path(apps_dir).resolve() / APP
     label = [sys.executable, "-m", "monailabel.main"]
     for bundle in bundles:  # before anything is written
@@ -123,6 +180,8 @@ def serve(apps_dir: str, studies: str, *bundles: str, port: int = 8000, host: st
         for folder in new:  # no half app, which the next start would take for a whole one
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    if "://" not in studies:
+        convert_dicom(studies, convert)
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     options = [part for key, value in conf.items() for part in ("--conf", key, value)]
     command = [*label, "start_server", "--app", str(app), "--studies", studies, *options]

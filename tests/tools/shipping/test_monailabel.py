@@ -6,14 +6,19 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import BasicUNet
 
+from image_files import write_dicom
 from tools.common.cards import save_weights
+from tools.data.loading import open_scan
+from tools.data.scans import ScanError
 from tools.shipping import monailabel
-from tools.shipping.monailabel import add_bundle, require_bundle, serve
+from tools.shipping.monailabel import add_bundle, convert_dicom, require_bundle, serve
 from tools.shipping.release import merge_overlay
 from tools.shipping.verify import BUNDLES
 from tools.weights.checkpoints import WeightsError
@@ -129,6 +134,29 @@ def test_an_app_that_could_not_be_written_is_removed(tmp_path, bundle, monkeypat
     with pytest.raises(subprocess.CalledProcessError):
         serve(str(tmp_path / "apps"), str(tmp_path), str(bundle))
     assert files_and_folders(tmp_path / "apps") == ({"mine"} if there else set())
+
+
+def test_dicom_series_among_the_studies_are_converted_once(tmp_path, capsys):
+    for name in ("b", "a"):
+        write_dicom(tmp_path / name)
+    write_dicom(tmp_path / ".hidden")
+    (tmp_path / "labels").mkdir()
+    assert convert_dicom(tmp_path, convert=False) == [] and files(tmp_path).isdisjoint({"a.nii.gz", "b.nii.gz"})
+    assert capsys.readouterr().out.endswith("`--convert true` writes NIfTI:\n  a\n  b\n")
+    assert convert_dicom(tmp_path, convert=True) == [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+    series, file = open_scan(tmp_path / "a"), nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(np.asarray(file.dataobj), np.asarray(series.dataobj))
+    np.testing.assert_allclose(file.affine, series.affine)
+    assert np.asarray(file.dataobj).std() > 1
+    assert convert_dicom(tmp_path, convert=True) == []
+
+
+def test_a_series_that_cannot_be_converted_is_named(tmp_path):
+    first = sorted(write_dicom(tmp_path / "a").iterdir())[2]
+    first.unlink()  # a slice is missing
+    with pytest.raises(ScanError, match=rf"{tmp_path}/a: "):
+        convert_dicom(tmp_path, convert=True)
+    assert not (tmp_path / "a.nii.gz").exists()
 
 
 @pytest.mark.skipif(find_spec("monailabel") is not None, reason="MONAI Label is installed")
