@@ -22,6 +22,7 @@ import jinja2
 import monai
 import psutil
 import torch
+import yaml
 
 from tools.common.files import atomic_path
 from tools.common.tables import read_metrics
@@ -31,6 +32,7 @@ from tools.results.figures import COMPARISONS, curves_figure
 logger = logging.getLogger(__name__)
 
 NAME = "report.html"
+PLAN = "docs/plan.json"  # in a bundle
 PICTURES = {  # file, of which the last in the order of names is shown: title, text
     "figures/reconstruction_epoch=*.png": ("Reconstruction", "Validation: what the network paints where it is masked."),
     "figures/features_epoch=*.png": ("Features", "What the encoder sees: the same colour is the same feature."),
@@ -198,9 +200,27 @@ def _parts(root: Path) -> Iterator[Part]:
     for name, title in TABLES.items():
         if rows := _rows(root / name):
             yield Part(title, f"From {name}.", rows=[_short(row) for row in rows])
+    if plan := _plan(root):
+        yield Part("Plan", f"What was decided for these data, and why. From {plan}.", rows=_content(plan)["decisions"])
     for pattern, (title, text) in PICTURES.items():
         for picture in sorted(root.glob(pattern))[-1:]:
             yield Part(title, f"{text} {picture.relative_to(root).as_posix()}", _image(picture))
+
+
+def _plan(root: Path) -> Path | None:
+    """`plan.json` of the bundle that was trained, if `new_bundle` planned it, or of one that lies in the folder.
+
+    Raises:
+        ValueError: config.yaml is damaged.
+    """
+    config = root / "config.yaml"
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{config}: found no YAML ({error}), expected what the run wrote") from error
+    bundle = content.get("bundle_root") if isinstance(content, dict) else None
+    plans = [*([Path(str(bundle), PLAN)] if bundle else []), *sorted(root.glob(f"*/{PLAN}"))]
+    return next((plan for plan in plans if plan.is_file()), None)
 
 
 def _image(path: Path) -> str:

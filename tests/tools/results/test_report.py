@@ -130,6 +130,20 @@ def test_the_command_of_a_run_that_was_continued_is_its_first(run):
     assert "<th>continued</th><td><code>1 ×, last 2026-01-02 00:00:00 on b</code>" in page
 
 
+def test_the_plan_of_the_bundle_is_shown(run, tmp_path):
+    row = {"what": "spacing", "found": "1 x 1 x 5 mm", "decided": "2×2×5 mm", "why": "median; coarser"}
+    for folder in (tmp_path / "my_bundle/docs", run / "other_bundle/docs"):
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(json.dumps({"decisions": [{**row, "found": folder.parent.name}]}))
+    report(str(run))
+    assert "<td>other_bundle</td><td>2×2×5 mm</td>" in (run / "report.html").read_text("utf-8")
+    (run / "config.yaml").write_text(f"bundle_root: {tmp_path / 'my_bundle'}\n")
+    report(str(run))
+    page = (run / "report.html").read_text("utf-8")
+    assert "<h2>Plan</h2>" in page
+    assert "<td>my_bundle</td><td>2×2×5 mm</td><td>median; coarser</td>" in page and "other_bundle" not in page
+
+
 def test_a_table_of_many_cases_is_folded(run):
     rows = [f"case_{number},spleen,0.5" for number in range(40)]
     (run / "evaluation_cases.csv").write_text("\n".join(["case,class,dice", *rows]) + "\n")
