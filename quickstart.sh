@@ -31,7 +31,7 @@ if [ -n "$scans" ]; then
   quietly hybridmim pretrain --data "$scans" --out $run "${small[@]}" \
     --batch_size 2 --crops_per_volume 3 --val_fraction 0.2
 else
-  echo "This takes about 6 minutes on two cores that do nothing else. What each stage says goes to $log"
+  echo "This takes about 7 minutes on two cores that do nothing else. What each stage says goes to $log"
   # 16 cases: 12 to train, 2 to validate, 2 that nothing is trained on
   scans=data/sample_organs
   cases=(--data $scans --datalist $run/cases.json)
@@ -41,8 +41,8 @@ else
   say "pre-trains a small UNet without labels"
   # patches of 16 voxels, over which the network pools: of smaller ones, it hardly learns which are masked
   quietly hybridmim pretrain "${cases[@]}" --out $run "${small[@]}" --spacing "[6.0,6.0,6.0]" --roi_size "[64,32,48]" \
-    --region_size "[32,32,16]" --patch_size "[16,16,16]" --batch_size 2 --crops_per_volume 2 --epochs 14 \
-    --learning_rate 0.01 --window "[-100,200]" --val_interval 42
+    --region_size "[32,32,16]" --patch_size "[16,16,16]" --batch_size 2 --crops_per_volume 2 --epochs 16 \
+    --learning_rate 0.01 --window "[-100,200]" --val_interval 48
 fi
 quietly python -m tools figures $run/metrics.csv $run/figures/curves.png
 
@@ -69,7 +69,7 @@ segment() { # name, options of training
   shift
   : >"$log"
   quietly hybridmim finetune "${cases[@]}" --bundle $bundle --out "$out" --overwrite true "${crop[@]}" \
-    --label_fraction 0.34 --epochs 90 --warmup_epochs 2 --val_interval 1000 --learning_rate 0.01 "$@"
+    --label_fraction 0.34 --epochs 140 --warmup_epochs 2 --val_interval 1000 --learning_rate 0.01 "$@"
   quietly hybridmim evaluate "${cases[@]}" --bundle $bundle --out "$out" "${crop[@]}" --evaluated test
   quietly hybridmim segment "${cases[@]}" --bundle $bundle --out "$out" "${crop[@]}" \
     --ckpt_path "$out/models/model.pt"

@@ -40,6 +40,7 @@ LONG = (
     "test_kill",
     "test_release",
     "test_hybridmim",
+    "test_quickstart",
 )
 
 # more of what faster tests look at, too: see README.md, "Develop it"
