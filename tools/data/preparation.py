@@ -16,6 +16,7 @@ from monai.transforms import (
     ScaleIntensityRangePercentilesd,
     Transform,
 )
+from monai.utils import ensure_tuple_rep
 
 from tools.common.cards import CardError, card_path, read_card
 from tools.common.text import size_text
@@ -135,16 +136,10 @@ def prepare_as_trained(
         return _saying(own, f"of this config, because {source} does not exist: {_text(own.plain())}")
     before = card["preparation"]
     differences = _differences(own.plain(), before)
-    crops = card.get("roi_size")
-    windows = []
-    if None not in (roi_size, crops) and list(roi_size) != list(crops):  # norms depend on the size
-        windows = [
-            (
-                "WARNING",
-                f"windows of {size_text(roi_size)}, crops of {size_text(crops)} in training: results can be much worse "
-                f'(--roi_size "{list(crops)}")',
-            )
-        ]
+    crops, windows = card.get("roi_size"), []
+    if None not in (roi_size, crops) and (size := ensure_tuple_rep(roi_size, 3)) != tuple(crops):
+        told = f"windows of {size_text(size)}, crops of {size_text(crops)} in training: results can be much worse"
+        windows = [("WARNING", f'{told} (--roi_size "{list(crops)}")')]  # norms depend on the size
     if preparation == "own":
         warnings = [
             ("WARNING", f"{what}: {here} here, {there} in training ({source})") for what, here, there in differences

@@ -117,10 +117,8 @@ def convert_dicom(studies: str | Path, convert: bool) -> list[Path]:
     }
     new = {folder: target for folder, target in targets.items() if not target.exists()}
     if new and not convert:
-        names = [folder.name for folder in new]
-        print(
-            f"{root}: MONAI Label does not see DICOM in folders; `--convert true` writes NIfTI:\n{first_lines(names)}"
-        )
+        listed = first_lines(folder.name for folder in new)
+        print(f"{root}: MONAI Label does not see DICOM in folders; `--convert true` writes NIfTI:\n{listed}")
         return []
     for folder, target in new.items():
         try:
@@ -170,6 +168,8 @@ def serve(
     for bundle in bundles:  # before anything is written
         copy = app / "model" / Path(bundle).resolve().name
         require_bundle(copy if copy.exists() else bundle)
+    if "://" not in studies:
+        convert_dicom(studies, convert)
     new = [folder for folder in (app, app.parent) if not folder.exists()]
     try:
         if not app.exists():
@@ -180,8 +180,6 @@ def serve(
         for folder in new:  # no half app, which the next start would take for a whole one
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if "://" not in studies:
-        convert_dicom(studies, convert)
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     options = [part for key, value in conf.items() for part in ("--conf", key, value)]
     command = [*label, "start_server", "--app", str(app), "--studies", studies, *options]

@@ -45,10 +45,12 @@ class SignalsEndTheProcess:
     def __init__(self, first: Callable[[], None]) -> None:
         self.first = first
         self.before: dict[int, Any] = {}
+        self.process = 0
 
     def start(self) -> None:
         """From now on; in the main thread, because Python allows it no other one."""
         if threading.current_thread() is threading.main_thread() and not self.before:
+            self.process = os.getpid()
             self.before = {number: signal.signal(number, self._end) for number in SIGNALS}
 
     def stop(self) -> None:
@@ -58,6 +60,10 @@ class SignalsEndTheProcess:
         self.before = {}
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked one, which reads scans, has this handler, too
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         said = f"\n{signal.Signals(number).name}: interrupted while no step was under way: the same command goes on\n"
         os.write(2, said.encode())  # a print could have been interrupted
         self.first()

@@ -136,8 +136,10 @@ def test_a_data_list_names_cases_and_classes(tmp_path, folders):
     folder = make(tmp_path, folders, datalist=str(tmp_path / "list.json"))
     assert config(folder)["classes"] == {"a": [1], "b": [2]}
     assert list(config(folder)["classes"]) == ["a", "b"]  # in the order of the channels of the network
-    split = json.loads((folder / "docs/plan.json").read_text())["decisions"][0]
-    assert (split["decided"], split["why"]) == ("1 validate", "as the data list says")
+    decisions = json.loads((folder / "docs/plan.json").read_text())["decisions"]
+    assert (decisions[0]["decided"], decisions[0]["why"]) == ("1 validate", "as the data list says")
+    listed = json.loads((tmp_path / "list.json").read_text())["training"]
+    assert any(row["found"].startswith(f"{len(listed)} cases to train") for row in decisions)
 
 
 def test_the_plan_is_kept_and_says_why(tmp_path, folders, capsys):

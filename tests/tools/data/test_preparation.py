@@ -136,7 +136,8 @@ def test_windows_of_another_size_than_the_crops_of_training_are_warned_of(tmp_pa
             "WARNING",
             'windows of 64×48×48, crops of 32×32×32 in training: results can be much worse (--roi_size "[32, 32, 32]")',
         )
-        assert prepare_as_trained(OWN, path, choice, [32, 32, 32]).lines[1:] == []
+        for same in ([32, 32, 32], 32):
+            assert prepare_as_trained(OWN, path, choice, same).lines[1:] == []
 
 
 def test_unknown_choices_are_refused(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from monai.transforms import Compose, RandomizableTransform
 from tools.common.tables import read_metrics
 from tools.data.datasets import SeededDataset
 from tools.data.sampling import SeededSampler
-from tools.training.checkpointing import INTERRUPTED, SIGNALS, SaveCheckpoints
+from tools.training.checkpointing import INTERRUPTED, SIGNALS, SaveCheckpoints, SignalsEndTheProcess
 from tools.training.handlers import MetricsCSV, SeedSteps, ValidateEpochs, ValidationSchedule
 from tools.weights.training_checkpoints import newest_checkpoint
 
@@ -223,3 +225,20 @@ def test_the_process_ends_though_workers_ignore_signals(tmp_path, ends):
     done = subprocess.run(line, capture_output=True, text=True, timeout=100)
     assert done.returncode == (0 if ends == "well" else 1), done.stderr
     assert ("of a step" in done.stderr) == (ends == "error")
+
+
+def test_a_forked_process_is_ended_by_a_signal_without_a_word(capfd):
+    """Readers of scans have the handler of the run, and are ended by signals when the reading is over."""
+    ended = []
+    signals = SignalsEndTheProcess(lambda: ended.append(os.getpid()))
+    signals.start()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.5)
+        child.terminate()
+        child.join(30)
+    finally:
+        signals.stop()
+    assert child.exitcode == -signal.SIGTERM
+    assert "interrupted" not in capfd.readouterr().err and ended == []

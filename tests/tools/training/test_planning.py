@@ -209,6 +209,7 @@ def test_a_plan_fits_into_the_memory(spacing, body, limit, stride, small):
     assert memory.fixed + memory.per_voxel * crops * prod(facts["roi_size"]) <= memory.limit
     assert all(row.found and row.decided and row.why for row in rows)
     assert crops <= (2 if small else 4)
+    assert not small or prod(facts["roi_size"]) <= max(48 * 64 * 48, (2 * stride) ** 3)
 
 
 @given(st.floats(2, 8), st.floats(8, 80))
