@@ -132,14 +132,17 @@ def test_the_files_of_brats_are_channels_by_name(tmp_path):
 
 def test_a_data_list_names_cases_and_classes(tmp_path, folders):
     write_json(folders / "dataset.json", {"channel_names": {"0": "CT"}, "labels": {"background": 0, "b": 2, "a": 1}})
-    msd(str(folders), str(tmp_path / "list.json"))
+    msd(str(folders), str(tmp_path / "list.json"), folds=2)
     folder = make(tmp_path, folders, datalist=str(tmp_path / "list.json"))
     assert config(folder)["classes"] == {"a": [1], "b": [2]}
     assert list(config(folder)["classes"]) == ["a", "b"]  # in the order of the channels of the network
     decisions = json.loads((folder / "docs/plan.json").read_text())["decisions"]
-    assert (decisions[0]["decided"], decisions[0]["why"]) == ("1 validate", "as the data list says")
-    listed = json.loads((tmp_path / "list.json").read_text())["training"]
-    assert any(row["found"].startswith(f"{len(listed)} cases to train") for row in decisions)
+    assert decisions[0]["why"] == "as the data list says"
+    training, validation = (
+        len(json.loads((tmp_path / "list.json").read_text())[part]) for part in ("training", "validation")
+    )
+    assert decisions[0]["decided"] == f"{validation} validate" != "1 validate"  # as of five folds
+    assert any(row["found"].startswith(f"{training} cases to train") for row in decisions)
 
 
 def test_the_plan_is_kept_and_says_why(tmp_path, folders, capsys):
