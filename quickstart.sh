@@ -25,7 +25,7 @@ quietly() { # a command, whose output goes to the log
     exit $status
   }
 }
-small=(--small --unet_features "[8,8,16,32,64,8]" --overwrite true)
+small=(--small --overwrite true) # the network of small.yaml, which fine-tuning with --small takes on
 if [ -n "$scans" ]; then
   echo "Pre-trains a small network on $scans for 20 epochs. What it says goes to $log"
   quietly hybridmim pretrain --data "$scans" --out $run "${small[@]}" \
@@ -40,7 +40,8 @@ else
   quietly python -m tools datalist msd --dataset_dir $scans --output $run/cases.json --fold 0 --folds 7 --test_cases 2
   say "pre-trains a small UNet without labels"
   # patches of 16 voxels, over which the network pools: of smaller ones, it hardly learns which are masked
-  quietly hybridmim pretrain "${cases[@]}" --out $run "${small[@]}" --spacing "[6.0,6.0,6.0]" --roi_size "[64,32,48]" \
+  quietly hybridmim pretrain "${cases[@]}" --out $run "${small[@]}" --unet_features "[8,8,16,32,64,8]" \
+    --spacing "[6.0,6.0,6.0]" --roi_size "[64,32,48]" \
     --region_size "[32,32,16]" --patch_size "[16,16,16]" --batch_size 2 --crops_per_volume 2 --epochs 16 \
     --learning_rate 0.01 --window "[-100,200]" --val_interval 48
 fi
