@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,8 +193,8 @@ def sample_data(output_dir: str, kind: str, cases: int = 4, seed: int = 0) -> No
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
     folder = Path(output_dir)
     _refuse_other_data(folder, kind, seed)
-    for index in range(cases):
-        _write_case(folder, kind, index, seed)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:  # the filters of scipy run side by side
+        list(pool.map(lambda index: _write_case(folder, kind, index, seed), range(cases)))
     if KINDS[kind].dataset_json:
         _describe(folder, kind, seed, cases)
     print(f"{cases} {kind} cases in {folder}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
@@ -70,6 +71,34 @@ class FreezeEncoder:
         if engine.state.epoch <= self.epochs:
             for parameter in self.parameters:
                 parameter.grad = None
+
+
+class Finetuner(SupervisedTrainer):
+    """`SupervisedTrainer` whose state has the scale of the gradients, which float16 needs.
+
+    MONAI makes a new scaler in every `run`; what was loaded before goes into it then.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loaded: Mapping[str, Any] = {}
+        self.add_event_handler(Events.STARTED, self._restore_scaler)
+
+    def _restore_scaler(self) -> None:
+        if self.scaler is not None and self._loaded:
+            self.scaler.load_state_dict(dict(self._loaded))
+        self._loaded = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Ignite's state of the engine and the state of the gradient scaler, which is empty without one."""
+        scaler = getattr(self, "scaler", None)  # there is none before the first `run`
+        return {**super().state_dict(), "scaler": scaler.state_dict() if scaler is not None else {}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore both; checkpoints of earlier versions have no scaler."""
+        state_dict = dict(state_dict)
+        self._loaded = state_dict.pop("scaler", {})
+        super().load_state_dict(state_dict)
 
 
 def start_finetuning(
