@@ -31,7 +31,7 @@ if [ -n "$scans" ]; then
   quietly hybridmim pretrain --data "$scans" --out $run "${small[@]}" \
     --batch_size 2 --crops_per_volume 3 --val_fraction 0.2
 else
-  echo "This takes about 8 minutes on two cores that do nothing else. What each stage says goes to $log"
+  echo "This takes about 6 minutes on two cores that do nothing else. What each stage says goes to $log"
   # 16 cases: 12 to train, 2 to validate, 2 that nothing is trained on
   scans=data/sample_organs
   cases=(--data $scans --datalist $run/cases.json)

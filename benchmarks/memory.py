@@ -4,8 +4,8 @@
     python -m benchmarks.memory --num_workers 2
 
 The run is that of the command line, with the network of small.yaml made smaller, on synthetic MR scans, with a
-validation every 150 steps. Every process is looked at from outside. Prints a row at each twentieth of the run, and the largest
-difference to the row at a fifth of it, when all that is allocated once has been.
+validation every 150 steps. Every process is looked at from outside. Prints a row at each twentieth of the run, and the
+largest difference to the row at a fifth of it, when all that is allocated once has been.
 """
 
 from __future__ import annotations
