@@ -55,7 +55,11 @@ def write_dicom(folder, slices=5, extension=".dcm", syntax="ExplicitVRLittleEndi
         for tag, value in tags.items():
             setattr(data, tag, value)
         data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
-        data.save_as(folder / f"{series[-6:]}-{number}{extension}", enforce_file_format=True)
+        strict = {"enforce_file_format": True}
+        if int(pydicom.__version_info__[0]) < 3:  # as MONAI Label has it
+            data.is_little_endian, data.is_implicit_VR = True, syntax.startswith("Implicit")
+            strict = {"write_like_original": False}
+        data.save_as(folder / f"{series[-6:]}-{number}{extension}", **strict)
     return folder
 
 

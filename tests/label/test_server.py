@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from image_files import write_dicom
 from monai.bundle import ConfigParser
 from segmentation_bundles.bundles import NAMES, ROOT, SPACING, TINY, bundle, read
 
@@ -148,7 +149,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, cases):
-    """A server with all five bundles, three studies for each, and a damaged one."""
+    """A server with all five bundles, three studies for each, a DICOM series in a folder, and a damaged file."""
     folder = tmp_path_factory.mktemp("label")
     studies = folder / "studies"
     studies.mkdir()
@@ -156,12 +157,13 @@ def server(tmp_path_factory, cases):
         for image, _ in cases[name]:
             shutil.copy(image, studies)
     (studies / "damaged.nii.gz").write_bytes(cases["liver"][0][0].read_bytes()[:50_000])
+    write_dicom(studies / "series", slices=8)
     bundles = [tiny_bundle(name, folder) for name in NAMES]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log, models = folder / "server.log", folder / "apps/monaibundle/model"
-    arguments = [folder / "apps", studies, *bundles, "--port", port]
+    arguments = [folder / "apps", studies, *bundles, "--port", port, "--convert", "true"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tools", "monailabel", *map(str, arguments)],
@@ -264,6 +266,15 @@ def test_trained_model_on_the_command_line(server, cases, segment_by_command, tm
     assert status == "DONE", output
     for study, label_map in segment_by_command("hippocampus", cases["hippocampus"][0][0].parent).items():
         assert same(server.segment("hippocampus", study, tmp_path), label_map)
+
+
+def test_a_dicom_series_in_a_folder_is_a_study_once_converted(server, segment_by_command, tmp_path):
+    studies = server.log.parent / "studies"
+    found = server.segment("spleen", "series", tmp_path)
+    expected = segment_by_command("spleen", studies / "series")
+    assert found.shape == (20, 24, 8)
+    assert same(found, *expected.values())
+    np.testing.assert_allclose(found.affine, nib.load(studies / "series.nii.gz").affine)
 
 
 def test_damaged_study_is_an_error_and_the_server_lives(server, cases, tmp_path):
