@@ -97,11 +97,13 @@ def probe(
     for number in sorted({number for _, measured in splits for number in measured}):
         image, label = items[number]
         seen = features(network, image)
-        for values, linear, (_, measured) in zip(found, maps, splits, strict=True):
-            if number in measured:
-                for which, levels in enumerate(LEVELS):
-                    scores = with_constant(torch.cat([seen[i] for i in levels], 1)) @ linear[which]
-                    values[which] += dice(scores.argmax(1), label, classes)
+        mine = [k for k, (_, measured) in enumerate(splits) if number in measured]
+        for which, levels in enumerate(LEVELS):
+            x = torch.cat([seen[i] for i in levels], 1)
+            *weights, constant = torch.cat([maps[k][which] for k in mine], 1).float()  # of all splits at once
+            scores = torch.addmm(constant, x, torch.stack(weights))
+            for k, own in zip(mine, scores.split(classes, 1), strict=True):
+                found[k][which] += dice(own.argmax(1), label, classes)
     return [[sum(values) / len(values) for values in by_level] for by_level in found]
 
 
