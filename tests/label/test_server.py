@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from image_files import write_dicom
 from monai.bundle import ConfigParser
 from segmentation_bundles.bundles import NAMES, ROOT, SPACING, TINY, bundle, read
 
+from image_files import write_dicom
 from tools.data.cases import find_cases
 from tools.samples.sample_data import sample_data
 
