@@ -15,7 +15,7 @@ from whole_runs import same
 from tools.common.errors import root_cause
 from tools.common.tables import read_metrics
 from tools.weights.checkpoints import WeightsError
-from tools.weights.training_checkpoints import newest_checkpoint
+from tools.weights.training_checkpoints import checkpoints, newest_checkpoint
 
 from .bundle import ROOT, TINY, config_files, places
 
@@ -165,6 +165,14 @@ def test_a_finished_run_stays_as_it_is(train, tmp_path):
     before = (tmp_path / "out/metrics.csv").read_text()
     train(epochs=2, resume=True)
     assert (tmp_path / "out/metrics.csv").read_text() == before
+
+
+def test_a_run_that_was_killed_while_it_deleted_its_last_checkpoint_but_one_deletes_it_when_resumed(train, tmp_path):
+    train(epochs=2, checkpoints_kept=1)
+    last = tmp_path / "models/checkpoint_epoch=2.pt"
+    last.with_name("checkpoint_epoch=1.pt").write_bytes(last.read_bytes())
+    train(epochs=2, checkpoints_kept=1, resume=True)
+    assert checkpoints(tmp_path / "models") == [last]
 
 
 def test_resume_without_a_checkpoint_is_refused(train, tmp_path):

@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 
 from tools.common.files import remove_leftovers
 from tools.training.handlers import RunEvents
-from tools.weights.training_checkpoints import save_checkpoint
+from tools.weights.training_checkpoints import remove_old, save_checkpoint
 
 INTERRUPTED = 75  # exit code: a checkpoint was written, start again (EX_TEMPFAIL of sysexits.h)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -143,6 +143,7 @@ class SaveCheckpoints:
         engine.register_events(*RunEvents)
         engine.state.epoch_ended = True
         engine.state_dict_user_keys.append("epoch_ended")
+        engine.add_event_handler(Events.STARTED, self._remove_old)
         engine.add_event_handler(Events.STARTED, self._end_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
@@ -204,6 +205,12 @@ class SaveCheckpoints:
     def _drop_validation(self, validator: Engine) -> None:
         if self._agreed() > 1:
             validator.terminate(skip_completed=True)  # no best weights of a part of the scans
+
+    def _remove_old(self, engine: Engine) -> None:
+        """Finish what a run that was killed while it deleted checkpoints did not come to."""
+        if idist.get_rank() == 0:
+            state = engine.state
+            remove_old(self.folder, state.epoch, None if state.epoch_ended else state.iteration, self.kept)
 
     def _end_epoch(self, engine: Engine) -> None:
         """Repeat the end of an epoch whose validation was broken off."""

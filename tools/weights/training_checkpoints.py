@@ -71,9 +71,26 @@ def save_checkpoint(folder: str | Path, content: Mapping[str, Any], epoch: int, 
     Raises:
         NotWrittenError: the disk is full, for instance; the checkpoint before is still there.
     """
-    path = Path(folder, f"checkpoint_epoch={epoch}{'' if step is None else f'_step={step}'}.pt")
+    path = _path(folder, epoch, step)
     with atomic_path(path) as temporary:
         write_tensors(temporary, dict(content))
-    for old in [other for other in checkpoints(folder) if place(other) <= place(path)][kept:]:
-        old.unlink(missing_ok=True)
+    remove_old(folder, epoch, step, kept)
     return path
+
+
+def remove_old(folder: str | Path, epoch: int, step: int | None, kept: int) -> None:
+    """Delete the oldest checkpoints up to a place in the training, so that no more than `kept` of them remain.
+
+    Args:
+        folder: folder of the checkpoints.
+        epoch: as in `save_checkpoint`.
+        step: as in `save_checkpoint`.
+        kept: number of checkpoints to keep.
+    """
+    last = place(_path(folder, epoch, step))
+    for old in [path for path in checkpoints(folder) if place(path) <= last][kept:]:
+        old.unlink(missing_ok=True)
+
+
+def _path(folder: str | Path, epoch: int, step: int | None) -> Path:
+    return Path(folder, f"checkpoint_epoch={epoch}{'' if step is None else f'_step={step}'}.pt")
