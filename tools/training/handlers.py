@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from tools.common.cards import save_weights
 from tools.common.files import atomic_path, remove_leftovers
+from tools.common.processes import return_freed_memory
 from tools.common.ranks import mark_step
 from tools.common.tables import read_metrics, write_rows
 from tools.data.sampling import SeededSampler
@@ -179,6 +180,7 @@ class ValidateEpochs:
         with torch.random.fork_rng():  # a data loader draws a seed whenever it is iterated
             torch.manual_seed(idist.get_rank())
             self.validator.run(engine.state.epoch)
+        return_freed_memory()
         if not self.validator.should_terminate:  # a validation that was interrupted is repeated
             self.schedule.validated(engine, time.monotonic() - began)
 
