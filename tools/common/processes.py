@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 
@@ -30,10 +31,12 @@ def is_alive(mark: str) -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library has a function for it (glibc).
+    """Free what only refers to itself, as drawn figures do, and give all that is free back to the system.
 
-    Otherwise the holes between what is still held stay this process's own: it seems to grow from validation to
-    validation although nothing is kept (docs/reliability.md).
+    Python frees such objects seldom, because they are few, however large. And the C library keeps holes between what is
+    still held. Both look as if a run grew from validation to validation (docs/reliability.md). Other libraries than
+    glibc have no function for the second.
     """
+    gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -20,3 +20,14 @@ def test_memory_that_was_freed_between_what_is_held_is_given_back():
     return_freed_memory()
     assert before - process.memory_info().rss > 100e6
     assert len(held) == 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_what_only_refers_to_itself_is_freed():
+    process = psutil.Process()
+    figure = {"pixels": bytearray(b"x") * 200_000_000}
+    figure["self"] = figure
+    before = process.memory_info().rss
+    del figure
+    return_freed_memory()
+    assert before - process.memory_info().rss > 100e6
