@@ -90,6 +90,7 @@ def test_a_disk_that_fails_costs_no_more_than_the_steps_since_the_last_checkpoin
     assert newest_checkpoint(disk / "models").name == f"checkpoint_epoch={EPOCHS}.pt"
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_deleted_while_it_is_used_is_built_again(workflow, ct_scans, tmp_path):
     options = {**TINY, "dataset_dir": str(ct_scans), "epochs": 3, "cache": "disk"}
     whole, deleted = tmp_path / "whole", tmp_path / "deleted"

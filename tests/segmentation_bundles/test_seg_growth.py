@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from whole_runs import Objects
 
 from .bundles import TINY_TRAINING, sizes
 
 
+@pytest.mark.slow
 def test_epochs_leave_no_objects(workflow, samples):
     options = {**TINY_TRAINING, **sizes("hippocampus", "unet"), "dataset_dir": str(samples("hippocampus"))}
     flow = workflow("hippocampus", "train", ["train"], **options | {"epochs": 16, "val_interval": 4})
