@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import fire
@@ -67,7 +68,8 @@ def measure(folder: Path, steps: int, num_workers: int) -> list[list[float]]:
     while process.poll() is None:
         done = len(read_metrics(metrics)) if metrics.is_file() else 0
         if done >= (len(rows) + 1) * epochs // ROWS:
-            rows.append([done * STEPS_PER_EPOCH, *look(trainer, folder / "run"), time.monotonic() - began])
+            with suppress(psutil.NoSuchProcess):  # one that ends just now
+                rows.append([done * STEPS_PER_EPOCH, *look(trainer, folder / "run"), time.monotonic() - began])
         time.sleep(0.02)
     if process.returncode:
         sys.exit("\n".join((folder / "log.txt").read_text(errors="replace").splitlines()[-20:]))

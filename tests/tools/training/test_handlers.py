@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -56,6 +58,26 @@ def test_metrics_csv_has_one_row_per_epoch(tmp_path):
         {"epoch": "2", "loss": "3.5", "loss_pr": "0.5", "val_loss": "2"},
         {"epoch": "3", "loss": "5.5", "loss_pr": "0.5", "val_loss": "3"},
     ]
+
+
+def test_what_a_validation_leaves_behind_is_freed():
+    """Objects that refer to themselves, as figures do, would wait for Python's collector."""
+
+    class Figure:
+        def __init__(self):
+            self.own = self
+
+    trainer, validator = engines(epochs=2)
+    drawn = []
+    validator.add_event_handler(Events.COMPLETED, lambda: drawn.append(weakref.ref(Figure())))
+    ValidateEpochs(validator, ValidationSchedule(2, 1)).attach(trainer)
+    gc.disable()
+    try:
+        trainer.run()
+    finally:
+        gc.enable()
+    assert len(drawn) == 2
+    assert [figure() for figure in drawn] == [None, None]
 
 
 def test_the_progress_bar_comes_back_in_another_round(capsys):
