@@ -3,7 +3,18 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
-from benchmarks.linear_probe import LEVELS, STRIDES, dice, features, fit, main, probe, random_splits
+from benchmarks.linear_probe import (
+    LEVELS,
+    STRIDES,
+    VOXELS,
+    dice,
+    features,
+    fit,
+    main,
+    probe,
+    random_splits,
+    with_constant,
+)
 from tools.samples.sample_data import sample_data
 
 
@@ -52,6 +63,20 @@ def test_a_class_that_the_first_level_shows_is_found():
     assert probe(network, items, [([0, 1], [2])], 2)[0] == pytest.approx(found)
     assert found[0] > 0.5 and found[-1] > 0.5  # white noise: the bottleneck cannot know
     assert found[4] < found[0]
+
+
+@torch.no_grad()
+def test_the_fitted_map_is_what_measures():
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, 32, 32, 32, generator=draw) for _ in range(2)]
+    items = {number: (image, (image > 0.7).long().flatten()) for number, image in enumerate(images)}
+    torch.manual_seed(0)
+    network = BasicUNet(3, 1, 2, features=[4, 4, 8, 8, 16, 4]).eval()
+    first, second = (torch.cat(features(network, image), 1) for image in images)
+    chosen = torch.randperm(len(first), generator=torch.Generator().manual_seed(0))[:VOXELS]
+    linear = fit(first[chosen], items[0][1][chosen], 2)
+    expected = dice((with_constant(second) @ linear).argmax(1), items[1][1], 2)
+    assert probe(network, items, [([0], [1])], 2)[0][-1] == pytest.approx(*expected, abs=1e-3)
 
 
 def test_the_table(tmp_path, capsys):
