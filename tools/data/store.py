@@ -7,8 +7,8 @@ As in nnU-Net v2, each volume is a Blosc2 file beside a small file for the rest:
     case_001-0f3a….pt         everything else, as `torch.load(weights_only=True)` reads it; written last
 
 Whole numbers are stored as they are. A floating-point volume with at most 65,536 values in each channel, such as a
-windowed CT of whole HU, is stored exactly, as 16-bit codes: value = palette[channel][code]. The palettes are float32 in
-the metalayer `palette` of the file. Any other volume, such as a resampled one, is stored in 16-bit floating point.
+windowed CT of whole HU, is stored exactly, as 16-bit codes: value = palettes[channel][code]. The palettes are in the
+small file (`volumes[key]["palettes"]`). Any other volume, such as a resampled one, is stored in 16-bit floating point.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tools.common.files import atomic_path, disk_room
 from tools.common.processes import is_alive, process_mark
 from tools.common.text import bytes_text
 
-FORMAT = 1  # increase it when older entries cannot be read any more
+FORMAT = 2  # increase it when older entries cannot be read any more
 CHUNK, BLOCK = 64, 16  # voxels along each axis: unit of reading, and of decompressing
 # Zstandard makes files of CT 6 to 14 % smaller, and crops take twice as long
 COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
@@ -112,12 +112,14 @@ class Store:
         for key, value in data.items():
             if not _is_volume(value):
                 continue
-            frame = _compress(value.detach().cpu().numpy()).to_cframe()
+            array, palettes = _compress(value.detach().cpu().numpy())
+            frame = array.to_cframe()
             array = blosc2.ndarray_from_cframe(frame)
             frames[self._file(name, key)] = frame
             volumes[key] = {
                 "shape": tuple(value.shape),
                 "dtype": value.dtype,
+                "palettes": palettes,  # not a metalayer of the file: Blosc2 never frees what it read of one
                 "checksums": [zlib.crc32(array.schunk.get_chunk(n)) for n in range(array.schunk.nchunks)],
                 "meta": _plain(value.meta) if isinstance(value, MetaTensor) else None,
                 "applied_operations": _plain(value.applied_operations) if isinstance(value, MetaTensor) else None,
@@ -151,7 +153,7 @@ class Entry:
     """A stored scan, whose volumes are read in parts.
 
     Attributes:
-        volumes: key → shape, type, meta data and checksums of the chunks.
+        volumes: key → shape, type, meta data, checksums of the chunks, and palettes, if the file holds codes.
         rest: all other entries of the scan.
     """
 
@@ -207,16 +209,15 @@ class Entry:
             array = self._open(key, path)
             self._verify(array, path.name, volume["checksums"], box)
             values = array[(slice(None), *box)]
-            palettes = array.vlmeta.get("palette", None)
         except FileNotFoundError as error:
             raise DamagedError(f"{path.name} is missing") from error
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise DamagedError(f"{path.name} cannot be read ({_first_line(error)})") from error
-        if palettes is not None:
+        if volume["palettes"]:
             codes, values = values, np.empty(values.shape, np.float32)
-            for palette, channel, out in zip(palettes, codes, values, strict=True):
+            for palette, channel, out in zip(volume["palettes"], codes, values, strict=True):
                 for code, value in zip(channel, out, strict=True):  # a plane stays in the processor's cache
-                    np.frombuffer(palette, "<f4").take(code, out=value, mode="clip")  # faster than "raise"
+                    palette.numpy().take(code, out=value, mode="clip")  # faster than "raise"
         return torch.from_numpy(values).to(volume["dtype"])
 
     def _open(self, key: str, path: Path) -> blosc2.NDArray:
@@ -270,19 +271,17 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------ encoding
 
 
-def _compress(volume: np.ndarray) -> blosc2.NDArray:
-    """Volume [C, H, W, D] → compressed array, in memory."""
+def _compress(volume: np.ndarray) -> tuple[blosc2.NDArray, list[Tensor]]:
+    """Volume [C, H, W, D] → compressed array, in memory, and, if it holds codes, the channels' palettes (float32)."""
     if volume.dtype.kind != "f":
-        return _array(volume)
+        return _array(volume), []
     coded = []
     for channel in volume:
         coded.append(_code(channel))
         if coded[-1] is None:
             half = np.abs(volume).max(initial=0) <= np.finfo(np.float16).max
-            return _array(volume.astype(np.float16) if half else volume)
-    array = _array(np.stack([codes for codes, _ in coded]))
-    array.vlmeta["palette"] = [palette.astype("<f4").tobytes() for _, palette in coded]
-    return array
+            return _array(volume.astype(np.float16) if half else volume), []
+    return _array(np.stack([codes for codes, _ in coded])), [torch.from_numpy(palette) for _, palette in coded]
 
 
 def _array(volume: np.ndarray) -> blosc2.NDArray:
