@@ -233,7 +233,8 @@ def _finetune_files(study: Study, arm: Arm, *overlays: str) -> tuple[str, ...]:
 
 
 def _finetune_options(study: Study, arm: Arm) -> dict[str, Any]:
-    options = {**study.preset.data, **study.preset.finetuning.options}
+    numbers = study.preset.finetuning
+    options = {**study.preset.data, **numbers.options, **numbers.methods.get(arm.method, {})}
     return _with_sizes(study, arm, _finetune_files(study, arm), options)
 
 

@@ -67,13 +67,13 @@ def test_every_run_takes_the_same_list_and_only_tests_take_its_test_cases(begin)
         assert ("--evaluated=test" in words) == (run.kind == "test")
 
 
-def few_labels(dataset, folder):
-    """The `headneck` preset on the names of other cases, of which the last 30 have no labels."""
+def few_labels(dataset, folder, preset="headneck"):
+    """A preset of head-and-neck CT on the names of other cases, of which the last 30 have no labels."""
     (dataset / "imagesUn").mkdir()
     for number in range(180, 210):
         (dataset / f"imagesTr/hippocampus_{number:03d}.nii.gz").rename(dataset / f"imagesUn/un_{number:03d}.nii.gz")
         (dataset / f"labelsTr/hippocampus_{number:03d}.nii.gz").unlink()
-    return open_study(str(folder), str(dataset), "headneck", None, None, None, None, None, 1)
+    return open_study(str(folder), str(dataset), preset, None, None, None, None, None, 1)
 
 
 def test_unlabelled_scans_are_for_pre_training_alone(dataset, tmp_path):
@@ -120,6 +120,17 @@ def test_every_run_has_the_data_of_the_preset(dataset, tmp_path):
         assert (run.options["spacing"], run.options["window"]) == (None, [-175, 250])
         assert run.kind == "pretrain" or list(run.options["classes"])[2:4] == ["right_parotid", "left_parotid"]
         assert run.kind != "finetune" or not any(run.options["flip_probability"])
+
+
+def test_a_method_is_fine_tuned_with_options_of_its_own(dataset, tmp_path):
+    study = few_labels(dataset, tmp_path / "study", preset="headneck_coarse")
+    runs = [run for run in plan(study, unknown) if run.kind == "finetune"]
+    assert {(run.arm.method, run.options.get("pretrained_parts")) for run in runs if not run.arm.pretraining} >= {
+        ("hybridmim", "all"),
+        ("scratch", None),
+        ("simclr", None),
+    }
+    assert all(run.options["spacing"] == [6, 6, 6] for run in plan(study, unknown))
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
@@ -508,7 +519,10 @@ def test_a_run_with_other_settings_is_refused(begin, end):
         ({"label_fractions": [1.5]}, r"label_fractions: found 1.5, expected numbers above 0"),
         ({"label_fractions": [0.1]}, r"label_fractions: found 0.1, expected one of 0.02, 0.05, 0.25, 1.0"),
         ({"jobs": 0}, r"jobs: found 0, expected a whole number of at least 1"),
-        ({"preset": "large"}, r"preset: found 'large', expected one of smoke, laptop, headneck, headneck_gpu, gpu"),
+        (
+            {"preset": "large"},
+            r"preset: found 'large', expected one of smoke, laptop, headneck, headneck_coarse, headneck_gpu, gpu",
+        ),
     ],
 )
 def test_wrong_options(begin, options, message):
