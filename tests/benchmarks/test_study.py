@@ -630,6 +630,7 @@ def test_a_failing_run_is_survived(begin, small_commands, capsys):
 
 
 def test_ctrl_c_ends_the_runs_and_the_study_continues(begin, small_commands):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     study = begin("smoke", jobs=2)
     first = [run.id for run in plan(study, unknown) if not run.needs][:2]
     small_commands.update(dict.fromkeys(first, "sleep"))
@@ -637,6 +638,7 @@ def test_ctrl_c_ends_the_runs_and_the_study_continues(begin, small_commands):
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         execute_all(study)
+    signal.signal(signal.SIGINT, before)
     assert not any((folder_of(study, run_id) / "done.json").exists() for run_id in first)
     small_commands.clear()
     with only_study(study.output_dir):  # no child holds the folder any more

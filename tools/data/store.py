@@ -138,6 +138,10 @@ class Store:
                 with atomic_path(path) as temporary:
                     temporary.write_bytes(content)
         except OSError as error:
+            if not (self.folder / f"{name}.pt").exists():  # volumes of no entry
+                with suppress(OSError):
+                    for path in frames:
+                        path.unlink(missing_ok=True)
             reason = getattr(error.__cause__, "strerror", error.strerror)
             raise NotStoredError(
                 f"{self.folder}: {reason}: {bytes_text(self.room())} free, {bytes_text(need)} needed",

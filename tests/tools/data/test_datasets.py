@@ -136,8 +136,8 @@ def test_an_entry_of_another_version_is_named_and_stored_anew(tmp_path, said):
     (header,) = folder.glob("*.pt")
     torch.save({**torch.load(header, weights_only=True), "format": 99}, header)
     crops(path, folder)[0]
-    assert said() == [f"{path}: {header.name} is of another version: found 99, expected 1; it is stored anew"]
-    assert torch.load(header, weights_only=True)["format"] == 1
+    assert said() == [f"{path}: {header.name} is of another version: found 99, expected 2; it is stored anew"]
+    assert torch.load(header, weights_only=True)["format"] == 2
 
 
 def test_a_file_that_changes_during_the_run_is_named_and_stored_anew(tmp_path, said):
