@@ -120,7 +120,7 @@ class Store:
                 "shape": tuple(value.shape),
                 "dtype": value.dtype,
                 "palettes": palettes,  # not a metalayer of the file: Blosc2 never frees what it read of one
-                "checksums": [zlib.crc32(array.schunk.get_chunk(n)) for n in range(array.schunk.nchunks)],
+                "checksums": torch.tensor([zlib.crc32(array.schunk.get_chunk(n)) for n in range(array.schunk.nchunks)]),
                 "meta": _plain(value.meta) if isinstance(value, MetaTensor) else None,
                 "applied_operations": _plain(value.applied_operations) if isinstance(value, MetaTensor) else None,
             }
@@ -220,8 +220,9 @@ class Entry:
         if volume["palettes"]:
             codes, values = values, np.empty(values.shape, np.float32)
             for palette, channel, out in zip(volume["palettes"], codes, values, strict=True):
+                levels = palette.numpy()
                 for code, value in zip(channel, out, strict=True):  # a plane stays in the processor's cache
-                    palette.numpy().take(code, out=value, mode="clip")  # faster than "raise"
+                    levels.take(code, out=value, mode="clip")  # faster than "raise"
         return torch.from_numpy(values).to(volume["dtype"])
 
     def _open(self, key: str, path: Path) -> blosc2.NDArray:
@@ -230,7 +231,7 @@ class Entry:
             self.arrays[key] = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
         return self.arrays[key]
 
-    def _verify(self, array: blosc2.NDArray, file: str, checksums: list[int], box: tuple[slice, ...]) -> None:
+    def _verify(self, array: blosc2.NDArray, file: str, checksums: Tensor, box: tuple[slice, ...]) -> None:
         """Compare the checksums of the chunks in a box, at their first use in this process."""
         intact = self.store.intact.setdefault(file, np.zeros(len(checksums), bool))
         if len(intact) != array.schunk.nchunks:
@@ -240,7 +241,7 @@ class Entry:
         touched = [range(s.start // side, ceil(s.stop / side)) for s, (_, side) in zip(box, sides, strict=True)]
         for place in product(*touched):
             n = int(np.ravel_multi_index(place, grid))
-            if not intact[n] and zlib.crc32(array.schunk.get_chunk(n)) != checksums[n]:
+            if not intact[n] and zlib.crc32(array.schunk.get_chunk(n)) != int(checksums[n]):
                 raise DamagedError(f"chunk {n} of {file} is damaged")
             intact[n] = True
 
