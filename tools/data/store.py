@@ -19,6 +19,7 @@ import io
 import os
 import shutil
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -77,7 +78,7 @@ class Store:
     def __init__(self, folder: str | Path, keep_free: float = 0.0) -> None:
         self.folder = Path(folder)
         self.keep_free = keep_free
-        self.intact: dict[str, np.ndarray] = {}  # file → chunks that this process has verified
+        self.intact: dict[str, np.ndarray] = {}  # file → parts that this process has verified
 
     def room(self) -> int:
         """Bytes that can still be stored."""
@@ -91,6 +92,11 @@ class Store:
         """
         path = self.folder / f"{name}.pt"
         try:
+            if path.name not in self.intact:  # as chunks are, at its first use in this process
+                with zipfile.ZipFile(path) as archive:
+                    if part := archive.testzip():  # torch stores checksums and does not read them
+                        raise ValueError(f"{part} is damaged")
+                self.intact[path.name] = np.ones(1, bool)
             header = torch.load(path, weights_only=True)
             found = header["format"]
             entry = Entry(self, name, header) if found == FORMAT else None

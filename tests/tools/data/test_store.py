@@ -64,6 +64,17 @@ def test_few_values_are_stored_exactly_in_16_bit(tmp_path, image):
     assert np.array_equal(values, image.numpy())
 
 
+def test_a_damaged_palette_is_found(tmp_path):
+    image = whole_numbers(0, 2000)
+    stored(tmp_path, image=image)
+    path = tmp_path / "cache/scan.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(image.unique().numpy().tobytes()) + 401] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"scan\.pt cannot be read .*is damaged"):
+        Store(tmp_path / "cache").open("scan")
+
+
 def test_reading_crops_leaves_no_memory_behind(tmp_path):
     image = torch.arange(SHAPE[0] * SHAPE[1] * SHAPE[2]).reshape(1, *SHAPE).remainder(20_000).float()
     stored(tmp_path, image=image)
