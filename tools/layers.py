@@ -6,6 +6,7 @@ MONAI networks and back. What is faster, and by how much, is measured by `python
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+LAST = torch.channels_last_3d
 MEANS = ("norm", "deconvolution", "weight_gradient", "dropout", "attention", "padding", "activations")
 SCORES = {"cpu": 2**19, "cuda": 2**28}  # attention scores at a time: as many as stay in the cache; 1 GB
 
@@ -38,6 +40,23 @@ def accelerate(network: nn.Module, checkpointing: bool = False, means: Collectio
     return network
 
 
+def channels_last(input: Tensor) -> bool:
+    """Whether a layer computes with the channels of a voxel side by side: on CPUs, without gradient or mixed precision.
+
+    Convolutions of few channels take a bit more than half the time so. (Their gradients do not.)
+    """
+    plain = input.is_cpu and input.ndim == 5 and input.dtype in (torch.float32, torch.float64)
+    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def _last(tensor: Tensor) -> Tensor:
+    """The same numbers, channels last."""
+    c, h, w, d = tensor.shape[1:]
+    if c == 1:  # already so, but PyTorch tells it from the strides
+        return tensor.contiguous().as_strided(tensor.shape, (h * w * d, 1, w * d, d, 1))
+    return tensor.contiguous(memory_format=LAST)
+
+
 class FastInstanceNorm3d(nn.InstanceNorm3d):
     """Instance norm as a group norm of one channel per group, which PyTorch computes in half the time on CPUs."""
 
@@ -45,7 +64,25 @@ class FastInstanceNorm3d(nn.InstanceNorm3d):
         """[B, C, H, W, D] → same shape."""
         if not input.is_cpu or self.track_running_stats:  # on GPUs, autocast would compute a group norm in 32 bit
             return super().forward(input)
+        if channels_last(input):
+            return self.normalize(input, torch.empty_like(input, memory_format=LAST))
         return F.group_norm(input, input.shape[1], self.weight, self.bias, self.eps)
+
+    def normalize(self, input: Tensor, out: Tensor) -> Tensor:
+        """Write the normalised input, channels last, to `out`, which may be the input.
+
+        PyTorch's own norms add up all voxels in one number in this layout, and are wrong in the fourth digit.
+        """
+        planes = input.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, H, W·D, C]
+        mean = planes.mean((1, 2))
+        square = (torch.linalg.vector_norm(planes, dim=2) ** 2).mean(1) / planes.shape[2]
+        scale = (square - mean**2).clamp(min=0).add(self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        return torch.addcmul(shift[..., None, None, None], input, scale[..., None, None, None], out=out)
 
 
 class FastConvTranspose3d(nn.ConvTranspose3d):
@@ -58,11 +95,17 @@ class FastConvTranspose3d(nn.ConvTranspose3d):
             return super().forward(input, output_size)
         b, _, *size = input.shape
         k, f = self.kernel_size, self.out_channels
+        whole = [s * n for s, n in zip(size, k, strict=True)]
+        if channels_last(input):
+            bias = None if self.bias is None else self.bias.repeat(math.prod(k))
+            windows = F.linear(input.permute(0, 2, 3, 4, 1), self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), bias)
+            out = windows.view(b, *size, *k, f).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *whole, f)
+            return out.permute(0, 4, 1, 2, 3)
         windows = (self.weight.flatten(1).T @ input.flatten(2)).view(b, f, *k, *size)
         out = windows.permute(0, 1, 5, 2, 6, 3, 7, 4)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype).view(-1, *[1] * 6)
-        return out.reshape(b, f, *(s * n for s, n in zip(size, k, strict=True)))
+        return out.reshape(b, f, *whole)
 
 
 class FastDropout(nn.Dropout):
@@ -79,18 +122,25 @@ class FastDropout(nn.Dropout):
 
 
 class FastConv3d(nn.Conv3d):
-    """Convolution whose weight gradient is a sum of matrix products, where PyTorch has no kernel of its own for it.
+    """Convolution, channels last where there is no gradient, and else with a weight gradient of our own.
 
-    That is on x86 CPUs without AVX-512, in 32 bit, for kernels of 3 with a stride and a padding of 1.
+    That is a sum of matrix products, where PyTorch has no kernel of its own for it: on x86 CPUs without AVX-512, in 32
+    bit, for kernels of 3 with a stride and a padding of 1.
     """
 
     slow_gradient = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W, D] → [B, F, H, W, D] (for a padding of 1)."""
-        same = (self.kernel_size, self.stride, self.padding, self.dilation) == ((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3)
-        plain = same and self.groups == 1 and self.padding_mode == "zeros" and self.in_channels >= 16
-        single = input.is_cpu and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        kind = (self.kernel_size, self.stride, self.padding, self.dilation)
+        if not input.is_cpu or input.ndim != 5 or self.groups != 1 or self.padding_mode != "zeros":
+            return super().forward(input)
+        if channels_last(input):
+            if kind == ((1,) * 3, (1,) * 3, (0,) * 3, (1,) * 3):  # a matrix product
+                return F.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+            return self._conv_forward(_last(input), _last(self.weight), self.bias)
+        plain = kind == ((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3) and self.in_channels >= 16
+        single = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if self.slow_gradient and plain and single and torch.is_grad_enabled() and self.weight.requires_grad:
             return _Convolution.apply(input, self.weight, self.bias)
         return super().forward(input)
@@ -120,21 +170,25 @@ def weight_gradient(image: Tensor, gradient: Tensor, block: int = 4096) -> Tenso
     """Gradient [F, C, 3, 3, 3] of a convolution's weight, from its input [B, C, …] and its output's gradient [B, F, …].
 
     In volumes that were padded and flattened, a shift by a voxel is an offset. So the gradient of each of the 27
-    weights is the product of the output's gradient and the input at an offset; a block of voxels stays in the cache
-    for all 27.
+    weights is the product of the output's gradient and the input at an offset. A few planes are padded at a time, and
+    a block of voxels stays in the cache for all 27.
     """
     h, w, d = image.shape[2:]
     volume, row = (w + 2) * (d + 2), d + 2
     offsets = [x * volume + y * row + z for x in range(3) for y in range(3) for z in range(3)]
-    voxels = (h - 1) * volume + (w - 1) * row + d
+    planes = max(1, block // volume)
     products = image.new_zeros(27, gradient.shape[1], image.shape[1])
     for inputs, outputs in zip(image, gradient, strict=True):
-        inputs = F.pad(inputs, (1,) * 6).flatten(1)
-        outputs = F.pad(outputs, (0, 2) * 3).flatten(1)
-        for start in range(0, voxels, block):
-            stop = min(start + block, voxels)
-            for product, offset in zip(products, offsets, strict=True):
-                product.addmm_(outputs[:, start:stop], inputs[:, start + offset : stop + offset].T)
+        for top in range(0, h, planes):
+            bottom = min(top + planes, h)
+            above, below = max(top - 1, 0), min(bottom + 1, h)
+            around = F.pad(inputs[:, above:below], (1, 1, 1, 1, above - top + 1, bottom + 1 - below)).flatten(1)
+            slab = F.pad(outputs[:, top:bottom], (0, 2, 0, 2)).flatten(1)
+            voxels = (bottom - top - 1) * volume + (w - 1) * row + d
+            for start in range(0, voxels, block):
+                stop = min(start + block, voxels)
+                for product, offset in zip(products, offsets, strict=True):
+                    product.addmm_(slab[:, start:stop], around[:, start + offset : stop + offset].T)
     return products.permute(1, 2, 0).reshape(gradient.shape[1], image.shape[1], 3, 3, 3)
 
 
@@ -157,6 +211,12 @@ class FastTwoConv(TwoConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W, D] → [B, F, H, W, D]."""
+        if channels_last(x):
+            for block in (self.conv_0, self.conv_1):
+                x = block.conv(x)
+                for layer in block.adn:  # the convolution's output is nobody else's
+                    x = layer.normalize(x, x) if isinstance(layer, FastInstanceNorm3d) else layer(x)
+            return x
         drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self.modules())
         if drops or not torch.is_grad_enabled():
             return super().forward(x)

@@ -74,6 +74,47 @@ def test_in_bfloat16_they_are_as_near_to_32_bit_as_the_plain_ones(name):
     assert (fast - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("crops", [1, 2])
+def test_without_gradient_they_compute_channels_last(plain, crops):
+    network, image = plain
+    network = network.float().eval()
+    image = torch.rand(crops, *image.shape[1:])
+    fast = accelerate(deepcopy(network))
+    formats = []
+    for layer in fast.modules():
+        if isinstance(layer, FastConv3d):
+            layer.register_forward_hook(lambda _layer, _inputs, out: formats.append(out))
+    with torch.no_grad():
+        before = image.clone()
+        found, expected = fast(image), deepcopy(network).double()(image.double())
+        assert torch.equal(image, before)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    # PyTorch computes small convolutions of a single crop in another way
+    assert crops == 1 or all(out.is_contiguous(memory_format=torch.channels_last_3d) for out in formats)
+
+
+def test_the_norm_channels_last_is_as_exact_as_the_plain_one():
+    torch.manual_seed(0)
+    image = 3 * torch.randn(2, 5, 64, 48, 40) + 4
+    plain = nn.InstanceNorm3d(5, affine=True)
+    with torch.no_grad():
+        for p in plain.parameters():
+            nn.init.normal_(p)
+        fast, given = accelerate(deepcopy(plain)), image.contiguous(memory_format=torch.channels_last_3d)
+        found, expected = fast(given), deepcopy(plain).double()(image.double())
+        assert torch.equal(given, image)  # is not overwritten
+    assert (found - expected).abs().max() < 2e-5
+
+
+def test_dropout_acts_without_gradient():
+    """As in the second view of pre-training."""
+    fast = accelerate(BasicUNet(3, 1, 2, (4, 4, 4, 8, 8, 4), dropout=0.5)).train()
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(fast(image), fast(image))
+        assert torch.equal(fast.eval()(image), fast(image))
+
+
 @pytest.mark.parametrize("size", [(5, 6, 7), (1, 2, 3)])
 def test_the_weight_gradient_is_that_of_the_convolution(size):
     torch.manual_seed(0)
