@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --overlays "" --roi_size "[64,64,64]"    # the full network on smaller crops
 
 Prints the efficiency (time of a step of one process / of two) with and without gathered views, the bytes that a process
-sends per step, and from these a table, on paper, for 8 to 512 GPUs. One and two processes run in turn. Two processes
-share the memory and caches of the machine, so that the efficiency is a lower bound for processes that do not.
+sends per step, and from these a table, on paper, for 8 to 512 GPUs. Two processes share the memory and caches of the
+machine. What that costs is measured, too: two that train apart, side by side, and send nothing. All run in turn.
 """
 
 from __future__ import annotations
@@ -88,17 +88,20 @@ def _count(network: torch.nn.Module, sent: dict[str, int], steps: int) -> None:
     dist.all_gather, dist.all_reduce = counted(dist.all_gather, 1), counted(dist.all_reduce, 0)
 
 
-def _measure(processes: int, arguments: dict[str, Any]) -> dict[str, float]:
-    """Run a child per process; what rank 0 printed."""
+def _measure(processes: int, arguments: dict[str, Any], apart: int = 1) -> dict[str, float]:
+    """Run a child per process, or as many trainings `apart` side by side; what rank 0 of the first printed."""
     line = [sys.executable, "-W", "ignore"]
     if processes > 1:
         line += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     line += ["-m", "benchmarks.scaling", "--only", repr(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(line, capture_output=True, text=True, cwd=BUNDLE.parents[1], env=environment)
-    if out.returncode:
-        sys.exit(out.stderr)
-    return json.loads(out.stdout.splitlines()[-1])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(line, cwd=BUNDLE.parents[1], env=environment, **pipes) for _ in range(apart)]
+    ended = [(run, *run.communicate()) for run in runs]
+    for run, _, errors in ended:
+        if run.returncode:
+            sys.exit(errors)
+    return json.loads(ended[0][1].splitlines()[-1])
 
 
 def efficiency(gpus: int, step: float, sent: float, link: float) -> float:
@@ -138,7 +141,10 @@ def main(
         return
     names = [name for name in (overlays.split(",") if isinstance(overlays, str) else overlays) if name]
     print(f"CPU, processes of one thread; torch {torch.__version__}; {', '.join(names) or 'full size'}, {crops} crops")
-    print("| views | one process, s | two, s | efficiency | gradients sent | views sent |\n|" + " --- |" * 6)
+    print(
+        "| views | one process, s | two apart, s | two, s | efficiency | to two apart | gradients sent | views sent |"
+    )
+    print("|" + " --- |" * 8)
     sent = 0.0
     for gathered in (True, False):
         arguments = {
@@ -148,12 +154,13 @@ def main(
             "gathered": gathered,
             "overrides": overrides,
         }
-        runs = [(_measure(1, arguments), _measure(2, arguments)) for _ in range(turns)]
-        one, two = (statistics.median(run[k]["seconds"] for run in runs) for k in (0, 1))
-        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in runs)
-        sent, views = runs[0][1]["gradients"], runs[0][1]["views"]
+        runs = [(_measure(1, arguments), _measure(1, arguments, apart=2), _measure(2, arguments)) for _ in range(turns)]
+        times = [statistics.median(run[k]["seconds"] for run in runs) for k in range(3)]
+        ratios = [statistics.median(run[k]["seconds"] / run[2]["seconds"] for run in runs) for k in range(2)]
+        sent, views = runs[0][2]["gradients"], runs[0][2]["views"]
         kind = "gathered" if gathered else "of one process"
-        print(f"| {kind} | {one:.3f} | {two:.3f} | {ratio:.2f} | {bytes_text(sent)} | {bytes_text(views)} |")
+        cells = [*(f"{t:.3f}" for t in times), *(f"{r:.2f}" for r in ratios), bytes_text(sent), bytes_text(views)]
+        print(f"| {' | '.join([kind, *cells])} |")
     print(f"\nOn paper: t / (t + 2 (n - 1) / n · G / b), t = {gpu_step} s (assumed), G = {bytes_text(sent)}")
     print(f"| GPUs n | {' | '.join(f'b = {name}' for name in LINKS)} |\n|{' --- |' * (len(LINKS) + 1)}")
     for gpus in GPUS:

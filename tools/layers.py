@@ -64,9 +64,13 @@ class FastInstanceNorm3d(nn.InstanceNorm3d):
         """[B, C, H, W, D] → same shape."""
         if not input.is_cpu or self.track_running_stats:  # on GPUs, autocast would compute a group norm in 32 bit
             return super().forward(input)
-        if channels_last(input):
-            return self.normalize(input, torch.empty_like(input, memory_format=LAST))
+        if self.takes(input):
+            return self.normalize(input, torch.empty_like(input))
         return F.group_norm(input, input.shape[1], self.weight, self.bias, self.eps)
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether `normalize` can take it: it comes from a layer that computed channels last."""
+        return channels_last(input) and not input.is_contiguous() and input.is_contiguous(memory_format=LAST)
 
     def normalize(self, input: Tensor, out: Tensor) -> Tensor:
         """Write the normalised input, channels last, to `out`, which may be the input.
@@ -215,7 +219,8 @@ class FastTwoConv(TwoConv):
             for block in (self.conv_0, self.conv_1):
                 x = block.conv(x)
                 for layer in block.adn:  # the convolution's output is nobody else's
-                    x = layer.normalize(x, x) if isinstance(layer, FastInstanceNorm3d) else layer(x)
+                    in_place = isinstance(layer, FastInstanceNorm3d) and layer.takes(x)
+                    x = layer.normalize(x, x) if in_place else layer(x)
             return x
         drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in self.modules())
         if drops or not torch.is_grad_enabled():

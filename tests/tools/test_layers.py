@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
+from monai.networks.nets.basic_unet import TwoConv
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,6 +105,18 @@ def test_the_norm_channels_last_is_as_exact_as_the_plain_one():
         found, expected = fast(given), deepcopy(plain).double()(image.double())
         assert torch.equal(given, image)  # is not overwritten
     assert (found - expected).abs().max() < 2e-5
+
+
+def test_training_keeps_the_usual_layout():
+    """Though its norms are computed where gradients are off."""
+    fast = accelerate(BasicUNet(3, 1, 2, (4, 4, 4, 8, 8, 4)))
+    outputs = []
+    for layer in fast.modules():
+        if isinstance(layer, nn.Conv3d | nn.InstanceNorm3d | TwoConv):
+            layer.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
+    fast(torch.rand(2, 1, 32, 32, 32))
+    assert len(outputs) > 23
+    assert all(out.is_contiguous() for out in outputs)
 
 
 def test_dropout_acts_without_gradient():
