@@ -81,11 +81,8 @@ class FastInstanceNorm3d(nn.InstanceNorm3d):
         mean = planes.mean((1, 2))
         square = (torch.linalg.vector_norm(planes, dim=2) ** 2).mean(1) / planes.shape[2]
         scale = (square - mean**2).clamp(min=0).add(self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return torch.addcmul(shift[..., None, None, None], input, scale[..., None, None, None], out=out)
 
 
