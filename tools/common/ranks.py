@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -135,4 +135,13 @@ class Watch(threading.Thread):
         what = f"rank {', '.join(map(str, silent))} hangs" if silent else "no step is completed"
         sys.stderr.write(f"\n{what} for {self.limit / 60:g} minutes (timeout_minutes):\n" + "\n".join(lines) + "\n")
         sys.stderr.flush()
+        self._wait_for(rank for rank in heard if rank not in silent)
         os._exit(1)  # the main thread waits in a collective
+
+    def _wait_for(self, ranks: Iterable[int]) -> None:
+        """Let those that live say the same: the first end breaks the others' collective, with an error of its own."""
+        until, keys = time.monotonic() + self.limit / 2, [f"told {rank}" for rank in ranks]
+        with suppress(RuntimeError):  # the store is gone: its process waited for this one
+            self.store.set(f"told {self.rank}", "")
+            while not self.store.check(keys) and time.monotonic() < until:
+                time.sleep(0.05)

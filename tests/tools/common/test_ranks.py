@@ -26,6 +26,7 @@ import os, signal, time, torch, torch.distributed as dist
 from tools.common.ranks import join_processes, mark_step
 join_processes(0.05)  # 3 s
 for step in range(1, 10):
+    time.sleep(0.8 * (1 - dist.get_rank()))  # the other is late first, and its end must not come before this one's
     mark_step(f"step {step}")
     time.sleep(0.5)  # more than a beat
     if step == 4 and dist.get_rank() == 1:
