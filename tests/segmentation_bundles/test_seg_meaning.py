@@ -20,7 +20,6 @@ from scipy import ndimage
 from whole_runs import expected_rate, same
 
 from tools.common.tables import read_metrics
-from tools.weights.transfer import is_encoder
 
 from .bundles import NAMES, ROOT, TINY_TRAINING, bundle, config_files, places, read
 
@@ -488,7 +487,6 @@ OPTIONS = {
     "warmup_epochs": WARMUP,
     "learning_rate": RATE,
     "checkpoints_kept": 10,
-    "encoder_lr_multiplier": 0.1,
     **without_figures(read("hippocampus", "train")),
 }
 
@@ -554,27 +552,14 @@ def test_the_learning_rate_rises_then_falls_to_nothing(run):
     assert per_epoch == 2 and len(steps) == EPOCHS * per_epoch
     warmup, total = WARMUP * per_epoch, EPOCHS * per_epoch
     for number, step in enumerate(steps):
-        encoder, rest = step["rates"]
-        assert rest == pytest.approx(RATE * expected_rate(number, warmup, total), rel=1e-6)
-        assert encoder == pytest.approx(rest * OPTIONS["encoder_lr_multiplier"], rel=1e-6)
+        rate = RATE * expected_rate(number, warmup, total)
+        assert step["rates"] == pytest.approx([rate, rate], rel=1e-6)
     rates = [step["rates"][1] for step in steps]
     assert rates[0] == pytest.approx(RATE / 100)
     assert rates[warmup] == RATE
     assert rates[(warmup + total) // 2] == pytest.approx(RATE / 2)
     assert 0 < rates[-1] < 0.1 * RATE
     assert flow.parser.get_parsed_content("train#optimizer").param_groups[1]["lr"] == 0  # after the last step
-
-
-def test_the_encoders_rate_is_that_of_the_encoder(run):
-    _, flow, _, _ = run
-    network = flow.parser.get_parsed_content("network_def")
-    encoder, rest = flow.parser.get_parsed_content("train#optimizer").param_groups
-    expected = {True: set(), False: set()}
-    for name, parameter in network.named_parameters():
-        expected[name.startswith(("conv_0", "down_"))].add(id(parameter))
-        assert is_encoder(name) == name.startswith(("conv_0", "down_"))
-    assert {id(p) for p in encoder["params"]} == expected[True]
-    assert {id(p) for p in rest["params"]} == expected[False]
 
 
 @EVERY_BUNDLE

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.networks.nets import ViT
+from monai.networks.nets import BasicUNet, ViT
 
 from tools.commands.check import check
 from tools.common import mixed_precision
@@ -19,7 +19,7 @@ from tools.common.windows import require_roi
 from tools.data.scans import ScanError
 from tools.training.finetuning import parameter_groups
 from tools.weights.checkpoints import WeightsError
-from tools.weights.transfer import is_encoder
+from tools.weights.transfer import is_encoder, load_pretrained
 
 from .bundles import ROOT, TINY_TRAINING, bundle, sizes
 
@@ -38,8 +38,6 @@ def train(workflow, samples):
 @pytest.fixture
 def backbone(tmp_path):
     """Weights as pre-training writes them: as many output as input channels."""
-    from monai.networks.nets import BasicUNet
-
     torch.manual_seed(7)
     network = BasicUNet(3, 1, 1, OPTIONS["unet_features"])
     torch.save(network.state_dict(), tmp_path / "backbone.pt")
@@ -116,9 +114,44 @@ def test_a_frozen_encoder_stays_as_it_is_and_then_learns(train, backbone):
     assert changed(1, 2) == set(weights)
 
 
-def test_a_negative_rate_of_the_encoder_is_refused():
-    with pytest.raises(ValueError, match="encoder_lr_multiplier: found -1"):
-        parameter_groups(torch.nn.Conv3d(1, 1, 1), 1e-3, 0, -1)
+@pytest.mark.parametrize(
+    ("parts", "slow"),
+    [
+        ({}, ("conv_0", "down_")),
+        ({"pretrained_parts": "all"}, ("conv_0", "down_", "upcat_")),
+        ({"pretrained_parts": "all", "pretrained_decoder_levels": 1}, ("conv_0", "down_", "upcat_4")),
+    ],
+    ids=["encoder", "all", "one level"],
+)
+@pytest.mark.parametrize("loads", [True, False], ids=["weights", "scratch"])
+def test_what_was_loaded_learns_at_its_own_rate(train, backbone, parts, slow, loads):
+    path, _ = backbone
+    weights = {"pretrained": str(path)} if loads else {}
+    run = train(**weights, **parts, learning_rate=0.02, warmup_epochs=0, pretrained_lr_multiplier=0.25)
+    rates = {
+        id(parameter): group["lr"]
+        for group in run.parser.get_parsed_content("train#optimizer").param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in run.parser.get_parsed_content("network_def").named_parameters():
+        assert rates.pop(id(parameter)) == (0.02 * 0.25 if loads and name.startswith(slow) else 0.02), name
+    assert not rates
+
+
+def test_a_run_that_loaded_weights_is_resumed_without_their_file(train, backbone):
+    path, _ = backbone
+    options = {"pretrained_parts": "all", "pretrained_lr_multiplier": 0.25, "warmup_epochs": 0}
+    train(pretrained=str(path), epochs=1, **options).run()
+    run = train(epochs=2, resume=True, resume_changed=True, **options)
+    run.run()
+    loaded, rest = run.parser.get_parsed_content("train#optimizer").param_groups
+    assert loaded["initial_lr"] == 0.25 * rest["initial_lr"]
+
+
+def test_a_negative_rate_of_what_was_loaded_is_refused():
+    network = BasicUNet(features=(2, 2, 2, 2, 2, 2))
+    with pytest.raises(ValueError, match="pretrained_lr_multiplier: found -1"):
+        parameter_groups(load_pretrained(network, None), 1e-3, 0, -1)
 
 
 @pytest.mark.parametrize(("roi", "stride"), [([16, 32, 32], 16), ([48, 40, 48], 16), ([64, 64, 32], 32)])

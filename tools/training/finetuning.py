@@ -23,26 +23,29 @@ from tools.weights.transfer import Transfer, is_encoder
 
 
 def parameter_groups(
-    network: nn.Module, learning_rate: float, weight_decay: float, encoder_lr_multiplier: float
+    transfer: Transfer, learning_rate: float, weight_decay: float, pretrained_lr_multiplier: float
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: the encoder at `learning_rate × encoder_lr_multiplier`, and the rest.
+    """Return the optimizer's parameter groups: the parts that are loaded from a file, and the rest.
+
+    The groups are the same without a file, so that a run that began with one can be resumed without it.
 
     Args:
-        network: `BasicUNet`, `SwinUNETR` or `UNETR`.
-        learning_rate: learning rate of all parameters outside the encoder.
+        transfer: network, and which parts of it were loaded.
+        learning_rate: learning rate of all other parameters, and of all if nothing was loaded.
         weight_decay: weight decay of all parameters.
-        encoder_lr_multiplier: factor for the encoder; less than 1 keeps it closer to its pre-trained weights.
+        pretrained_lr_multiplier: factor for what was loaded; less than 1 keeps it closer to its pre-trained weights.
 
     Raises:
         ValueError: the multiplier is negative.
     """
-    if encoder_lr_multiplier < 0:
-        raise ValueError(f"encoder_lr_multiplier: found {encoder_lr_multiplier}, expected 0 or more")
+    if pretrained_lr_multiplier < 0:
+        raise ValueError(f"pretrained_lr_multiplier: found {pretrained_lr_multiplier}, expected 0 or more")
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in network.named_parameters():
-        groups[is_encoder(name)].append(parameter)
+    for name, parameter in transfer.network.named_parameters():
+        groups[name in transfer.requested].append(parameter)
+    factor = 1.0 if transfer.report.source is None else pretrained_lr_multiplier
     return [
-        {"params": groups[True], "lr": learning_rate * encoder_lr_multiplier, "weight_decay": weight_decay},
+        {"params": groups[True], "lr": learning_rate * factor, "weight_decay": weight_decay},
         {"params": groups[False], "lr": learning_rate, "weight_decay": weight_decay},
     ]
 
@@ -118,7 +121,7 @@ def start_finetuning(
     stride: int,
     crops: int,
     freeze_encoder_epochs: int,
-    encoder_lr_multiplier: float,
+    pretrained_lr_multiplier: float,
     world_size: int,
     cache: str,
     cache_dir: str,
@@ -144,7 +147,7 @@ def start_finetuning(
         stride: total downsampling of the network.
         crops: number of crops per batch and process.
         freeze_encoder_epochs: number of epochs with a frozen encoder, for the table.
-        encoder_lr_multiplier: factor on the learning rate of the encoder, for the table.
+        pretrained_lr_multiplier: factor on the learning rate of what was loaded, for the table.
         world_size: number of processes.
         cache: `none`, `memory` or `disk`.
         cache_dir: folder of the disk cache.
@@ -170,7 +173,8 @@ def start_finetuning(
     scans = require_usable(items, channels, workers, remember, values, max_scan_gb, hounsfield)
     cached = require_cache_room(scans, cache, cache_dir, prepared.spacing, labels=True)
     memory = training_memory(network, torch.rand(crops, channels, *roi_size, device="meta"))
-    slower = f"; encoder at {encoder_lr_multiplier:g} of the learning rate" if encoder_lr_multiplier != 1 else ""
+    loaded = transfer.report.source is not None and pretrained_lr_multiplier != 1
+    slower = f"; what is loaded at {pretrained_lr_multiplier:g} of the learning rate" if loaded else ""
     frozen = f"; encoder frozen for {freeze_encoder_epochs} epoch(s)" if freeze_encoder_epochs else ""
     print_table(
         [

@@ -37,7 +37,7 @@ NAME = "run.json"
 WRITTEN = ("run.json", "config.yaml", "metrics.csv", "events.out.tfevents*", "validation", "figures", "bad_batch*")
 WRITTEN += ("checkpoint*", "model.*", "backbone.*", "evaluation*", "report.html")
 OF_A_START = {"resume", "overwrite", "resume_changed", "bundle_root"}  # say nothing about the run
-OF_THE_CHECKPOINT = {"seed", "learning_rate", "weight_decay", "encoder_lr_multiplier"}  # are restored from it
+OF_THE_CHECKPOINT = {"seed", "learning_rate", "weight_decay", "pretrained_lr_multiplier"}  # are restored from it
 
 
 class RunError(ValueError):

@@ -195,10 +195,17 @@ def _listed(counts: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A network with transferred weights, and the report."""
+    """A network with transferred weights, and the report.
+
+    Attributes:
+        network: the network.
+        report: what became of each tensor; without a file, that there was none.
+        requested: names of the tensors of the parts that are loaded, if there is a file.
+    """
 
     network: nn.Module
     report: TransferReport
+    requested: frozenset[str] = frozenset()
 
 
 # ---------------------------------------------------------------------------------------------------- the transfer
@@ -237,13 +244,14 @@ def load_pretrained(
     """
     last = _last_level(network, parts, decoder_levels)
     _check_numbers(min_fraction, roi_size)
-    rescale = parse_bool(rescale)
+    rescale, levels = parse_bool(rescale), _levels(network)
+    requested = frozenset(name for name in network.state_dict() if not _not_asked(name, levels, last))
     if pretrained is None:
-        return Transfer(network, TransferReport(None))
+        return Transfer(network, TransferReport(None), requested)
     weights, report = _plan(network, pretrained, last, rescale, roi_size)
     _require(report, min_fraction)
     network.load_state_dict(weights, strict=False)
-    return Transfer(network, report)
+    return Transfer(network, report, requested)
 
 
 def load_start(
