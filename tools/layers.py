@@ -95,22 +95,36 @@ class FastConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C, H, W, D] → [B, F, 2H, 2W, 2D] (for a kernel of 2)."""
-        disjoint = self.kernel_size == self.stride and self.groups == 1 and self.dilation == (1, 1, 1)
-        if not (input.is_cpu and disjoint and not any(self.padding) and not any(self.output_padding)):
+        if not (input.is_cpu and self.disjoint):
             return super().forward(input, output_size)
         b, _, *size = input.shape
         k, f = self.kernel_size, self.out_channels
         whole = [s * n for s, n in zip(size, k, strict=True)]
         if channels_last(input):
-            bias = None if self.bias is None else self.bias.repeat(math.prod(k))
-            windows = F.linear(input.permute(0, 2, 3, 4, 1), self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), bias)
-            out = windows.view(b, *size, *k, f).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *whole, f)
-            return out.permute(0, 4, 1, 2, 3)
+            return self.write(input, input.new_empty(b, *whole, f).permute(0, 4, 1, 2, 3))
         windows = (self.weight.flatten(1).T @ input.flatten(2)).view(b, f, *k, *size)
         out = windows.permute(0, 1, 5, 2, 6, 3, 7, 4)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype).view(-1, *[1] * 6)
         return out.reshape(b, f, *whole)
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether windows neither overlap nor have gaps."""
+        plain = self.kernel_size == self.stride and self.groups == 1 and self.dilation == (1, 1, 1)
+        return plain and not any(self.padding) and not any(self.output_padding)
+
+    def write(self, input: Tensor, out: Tensor) -> Tensor:
+        """Write the output for an input [B, C, H, W, D] to `out` [B, F, 2H, 2W, 2D], which may be channels of another."""
+        b, _, *size = input.shape
+        k, f = self.kernel_size, self.out_channels
+        bias = None if self.bias is None else self.bias.repeat(math.prod(k))
+        windows = F.linear(input.permute(0, 2, 3, 4, 1), self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), bias)
+        blocks = out
+        for axis, n in enumerate(k):
+            blocks = blocks.unflatten(2 + 2 * axis, (-1, n))  # [B, F, H, 2, W, 2, D, 2]
+        blocks.copy_(windows.view(b, *size, *k, f).permute(0, 7, 1, 4, 2, 5, 3, 6))
+        return out
 
 
 class FastDropout(nn.Dropout):
@@ -198,12 +212,21 @@ def weight_gradient(image: Tensor, gradient: Tensor, block: int = 4096) -> Tenso
 
 
 class FastUpCat(UpCat):
-    """UNet's upsampling, without a copy of the features where nothing has to be padded."""
+    """UNet's upsampling, without a copy of the features where nothing has to be padded.
+
+    Without gradient, the upsampled features are written to their place beside those of the encoder.
+    """
 
     def forward(self, x: Tensor, x_e: Tensor | None) -> Tensor:
         """Features [B, F, H, W, D], and those of the encoder [B, E, 2H, 2W, 2D] → [B, O, 2H, 2W, 2D]."""
         if x_e is None or any(2 * s != e for s, e in zip(x.shape[2:], x_e.shape[2:], strict=True)):
             return super().forward(x, x_e)
+        up, e = self.upsample[0], x_e.shape[1]
+        if channels_last(x) and len(self.upsample) == 1 and isinstance(up, FastConvTranspose3d) and up.disjoint:
+            both = x_e.new_empty(len(x_e), *x_e.shape[2:], e + up.out_channels).permute(0, 4, 1, 2, 3)
+            both[:, :e] = x_e
+            up.write(x, both[:, e:])
+            return self.convs(both)
         return self.convs(torch.cat([x_e, self.upsample(x)], dim=1))
 
 

@@ -68,7 +68,9 @@ class SlidingWindow(SlidingWindowInfererAdapt):
 
         def mean_over_flips(window: Tensor) -> Tensor:
             with self.autocast:
-                outputs = [network(window.flip(dims)).flip(dims) for dims in self.flips]
-            return sum(outputs) / len(outputs)
+                total = network(window)
+                for dims in self.flips[1:]:
+                    total = total + network(window.flip(dims)).flip(dims)
+            return total if len(self.flips) == 1 else total / len(self.flips)
 
         return super().__call__(inputs, mean_over_flips, *args, **kwargs)
