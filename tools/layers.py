@@ -115,7 +115,7 @@ class FastConvTranspose3d(nn.ConvTranspose3d):
         return plain and not any(self.padding) and not any(self.output_padding)
 
     def write(self, input: Tensor, out: Tensor) -> Tensor:
-        """Write the output for an input [B, C, H, W, D] to `out` [B, F, 2H, 2W, 2D], which may be channels of another."""
+        """Write the output for input [B, C, H, W, D] to `out` [B, F, 2H, 2W, 2D], which may be channels of another."""
         b, _, *size = input.shape
         k, f = self.kernel_size, self.out_channels
         bias = None if self.bias is None else self.bias.repeat(math.prod(k))
