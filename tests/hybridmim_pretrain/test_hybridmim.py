@@ -222,17 +222,21 @@ def test_the_second_view_gives_no_gradient_to_the_encoder(views):
     assert all(p.grad is None for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("views", VIEWS)
 @BOTH
-def test_evaluation_decodes_the_whole_crop_as_the_network_does(make):
+def test_evaluation_decodes_the_whole_crop_as_the_network_does(make, views):
     backbone, geometry = make()
     network = HybridMIM(backbone, geometry)
-    step = PretrainStep(network, geometry).eval()
+    step = PretrainStep(network, geometry, views=views).eval()
     image, mask = batch_of(geometry, 1)
     with torch.no_grad():
         prediction = step(image, mask)
         torch.testing.assert_close(prediction.reconstruction, network(apply_mask(image, mask)))
+        again = step(image, mask)
     assert prediction.box == whole(geometry.roi_size)
-    assert not torch.allclose(*prediction.views)  # dropout acts in the views
+    assert torch.equal(prediction.reconstruction, again.reconstruction)
+    for view, other in zip(prediction.views, again.views, strict=True):
+        assert not torch.allclose(view, other)  # dropout acts in the views
     assert not any(m.training for m in backbone.modules())  # and nowhere else
 
 

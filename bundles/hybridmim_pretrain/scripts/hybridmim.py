@@ -125,6 +125,8 @@ class PretrainStep(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         """Image [B, C, H, W, D] in (0, 1], mask bool [B, 1, P1, P2, P3] → predictions of all levels."""
         backbone = self.network_def.backbone
+        # the other view first, as long as nothing is kept for the backward pass
+        other = self.other_view(image, mask) if self.contrastive and self.views == "other_masks" else None
         visible = self.hide(image, mask)
         features = backbone.encode(visible)
         box = self.draw_box() if self.training else whole(image.shape[2:])
@@ -134,7 +136,7 @@ class PretrainStep(nn.Module):
             box=box,
             number=number,
             location=location,
-            views=self.two_views(image, mask, visible, features) if self.contrastive else None,
+            views=self.two_views(visible, features, other) if self.contrastive else None,
             visible=visible,
         )
 
@@ -146,24 +148,22 @@ class PretrainStep(nn.Module):
         """Features of all levels of the masked crops."""
         return self.network_def.backbone.encode(self.hide(image, mask))
 
-    def two_views(self, image: Tensor, mask: Tensor, visible: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Two projections [N, E] of each crop; the second has no gradient through the encoder."""
+    def other_view(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Bottleneck of each crop under its neighbour's mask, without gradient, with dropout."""
+        backbone = self.network_def.backbone
+        with torch.no_grad(), dropout_active(backbone):
+            return backbone.encode(self.hide(image, another(mask), shift=-1))[-1]
+
+    def two_views(self, visible: Tensor, features: list[Tensor], other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Two projections [N, E] of each crop; the second, of `other` or of the same, leaves the encoder alone."""
         backbone, project = self.network_def.backbone, self.network_def.project
-        if self.views == "other_masks":
-            other = self.hide(image, another(mask), shift=-1)
-
-        def again() -> Tensor:
-            if self.views == "other_masks":
-                return backbone.encode(other)[-1]
-            return backbone.encode_again(visible, features)[-1]
-
-        if not self.training:
-            with dropout_active(backbone):
-                first, second = backbone.encode_again(visible, features)[-1], again()
-            return project(first), project(second)
-        with torch.no_grad():
-            second = again()
-        return gather(project(features[-1])), gather(project(second))
+        with torch.no_grad(), dropout_active(backbone):
+            second = backbone.encode_again(visible, features)[-1] if other is None else other
+        if self.training:
+            return gather(project(features[-1])), gather(project(second))
+        with dropout_active(backbone):
+            first = backbone.encode_again(visible, features)[-1]
+        return project(first), project(second)
 
     def draw_box(self) -> Box:
         """Return the box to decode, aligned to the bottleneck."""
