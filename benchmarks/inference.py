@@ -32,6 +32,7 @@ from monai.losses import DiceCELoss
 from torch.nn.functional import interpolate
 
 from tools.common.tables import aligned
+from tools.common.text import parse_bool
 from tools.samples.anatomy import ct_abdomen
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/hybridmim_btcv_seg"
@@ -155,7 +156,7 @@ def _labels(folder: Path, kind: str) -> np.ndarray:
 
 
 def main(
-    size: int = 512, slices: int = 700, plain: bool = True, roi: int = 96, steps: int = 60, repeats: int = 1
+    size: int = 512, slices: int = 700, plain: bool | str = True, roi: int = 96, steps: int = 60, repeats: int = 1
 ) -> dict[str, float]:
     """Measure, and print tables.
 
@@ -171,6 +172,7 @@ def main(
         `voxels`, and with `plain` the number of those that `differ`, and their largest `margin` between the two
         largest probabilities.
     """
+    plain = parse_bool(plain)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, size, slices, roi, steps)
