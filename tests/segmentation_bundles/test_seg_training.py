@@ -138,6 +138,15 @@ def test_what_was_loaded_learns_at_its_own_rate(train, backbone, parts, slow, lo
     assert not rates
 
 
+def test_what_a_file_could_not_fill_learns_at_the_full_rate(tmp_path):
+    torch.save(BasicUNet(3, 3, 1, [2] * 6).state_dict(), tmp_path / "backbone.pt")
+    transfer = load_pretrained(BasicUNet(3, 2, 2, [2] * 6), str(tmp_path / "backbone.pt"), parts="all")
+    _, rest = parameter_groups(transfer, 0.02, 0, 0)
+    full = {id(parameter) for parameter in rest["params"]}
+    names = {name for name, parameter in transfer.network.named_parameters() if id(parameter) in full}
+    assert names == {"conv_0.conv_0.conv.weight", "final_conv.weight", "final_conv.bias"}
+
+
 def test_a_run_that_loaded_weights_is_resumed_without_their_file(train, backbone):
     path, _ = backbone
     options = {"pretrained_parts": "all", "pretrained_lr_multiplier": 0.25, "warmup_epochs": 0}

@@ -25,9 +25,10 @@ from tools.weights.transfer import Transfer, is_encoder
 def parameter_groups(
     transfer: Transfer, learning_rate: float, weight_decay: float, pretrained_lr_multiplier: float
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: the parts that are loaded from a file, and the rest.
+    """Return the optimizer's parameter groups: what is loaded from a file, and the rest.
 
-    The groups are the same without a file, so that a run that began with one can be resumed without it.
+    Without a file the groups are those of one that fills all that was asked for, so that a run that began with one can
+    be resumed without it.
 
     Args:
         transfer: network, and which parts of it were loaded.
@@ -42,7 +43,7 @@ def parameter_groups(
         raise ValueError(f"pretrained_lr_multiplier: found {pretrained_lr_multiplier}, expected 0 or more")
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in transfer.network.named_parameters():
-        groups[name in transfer.requested].append(parameter)
+        groups[name in transfer.loaded].append(parameter)
     factor = 1.0 if transfer.report.source is None else pretrained_lr_multiplier
     return [
         {"params": groups[True], "lr": learning_rate * factor, "weight_decay": weight_decay},

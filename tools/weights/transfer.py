@@ -200,12 +200,12 @@ class Transfer:
     Attributes:
         network: the network.
         report: what became of each tensor; without a file, that there was none.
-        requested: names of the tensors of the parts that are loaded, if there is a file.
+        loaded: names of the tensors that were filled from the file; without a file, those that would be.
     """
 
     network: nn.Module
     report: TransferReport
-    requested: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
 
 
 # ---------------------------------------------------------------------------------------------------- the transfer
@@ -245,13 +245,13 @@ def load_pretrained(
     last = _last_level(network, parts, decoder_levels)
     _check_numbers(min_fraction, roi_size)
     rescale, levels = parse_bool(rescale), _levels(network)
-    requested = frozenset(name for name in network.state_dict() if not _not_asked(name, levels, last))
     if pretrained is None:
-        return Transfer(network, TransferReport(None), requested)
+        asked = frozenset(name for name in network.state_dict() if not _not_asked(name, levels, last))
+        return Transfer(network, TransferReport(None), asked)
     weights, report = _plan(network, pretrained, last, rescale, roi_size)
     _require(report, min_fraction)
     network.load_state_dict(weights, strict=False)
-    return Transfer(network, report, requested)
+    return Transfer(network, report, frozenset(weights))
 
 
 def load_start(
