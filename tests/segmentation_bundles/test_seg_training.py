@@ -157,10 +157,11 @@ def test_a_run_that_loaded_weights_is_resumed_without_their_file(train, backbone
     assert loaded["initial_lr"] == 0.25 * rest["initial_lr"]
 
 
-def test_a_negative_rate_of_what_was_loaded_is_refused():
+@pytest.mark.parametrize("multiplier", [-1, float("nan"), "slow", None])
+def test_a_rate_of_what_was_loaded_that_is_none_is_refused(multiplier):
     network = BasicUNet(features=(2, 2, 2, 2, 2, 2))
-    with pytest.raises(ValueError, match="pretrained_lr_multiplier: found -1"):
-        parameter_groups(load_pretrained(network, None), 1e-3, 0, -1)
+    with pytest.raises(ValueError, match=f"pretrained_lr_multiplier: found {multiplier!r}, expected"):
+        parameter_groups(load_pretrained(network, None), 1e-3, 0, multiplier)
 
 
 @pytest.mark.parametrize(("roi", "stride"), [([16, 32, 32], 16), ([48, 40, 48], 16), ([64, 64, 32], 32)])

@@ -37,10 +37,10 @@ def parameter_groups(
         pretrained_lr_multiplier: factor for what was loaded; less than 1 keeps it closer to its pre-trained weights.
 
     Raises:
-        ValueError: the multiplier is negative.
+        ValueError: the multiplier is negative, or no number.
     """
-    if pretrained_lr_multiplier < 0:
-        raise ValueError(f"pretrained_lr_multiplier: found {pretrained_lr_multiplier}, expected 0 or more")
+    if not isinstance(pretrained_lr_multiplier, int | float) or not pretrained_lr_multiplier >= 0:
+        raise ValueError(f"pretrained_lr_multiplier: found {pretrained_lr_multiplier!r}, expected a number, 0 or more")
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in transfer.network.named_parameters():
         groups[name in transfer.loaded].append(parameter)
