@@ -9,7 +9,7 @@ region  `loss_num`  how many patches of a region are masked
 sample  `loss_cl`   matching two encodings of one crop, with different dropout, among all crops
 
 Each term is a separate module; `HybridMIMLoss` is their weighted sum. The other losses: `MaskedL1Loss` for MAE and
-SimMIM, `ContrastiveLoss` for SimCLR, `DiceBCELoss` for overlapping classes.
+SimMIM, `ContrastiveLoss` for SimCLR, `BalancedDiceCELoss` for exclusive classes, `DiceBCELoss` for overlapping ones.
 
 The targets are computed from the mask: the mask has one entry per patch, the predictions one per region, and the
 patches of a region are those inside it. Padding is ignored: intensities are in (0, 1], so a voxel that is 0 in every
@@ -253,6 +253,36 @@ class ContrastiveLoss(nn.Module):
 def class_masks(label_map: Tensor, classes: Mapping[str, Sequence[int]]) -> Tensor:
     """Label map [..., 1, H, W, D] of integers → bool masks [..., K, H, W, D], one per class."""
     return torch.cat([torch.isin(label_map, label_map.new_tensor(list(v))) for v in classes.values()], dim=-4)
+
+
+class BalancedDiceCELoss(nn.Module):
+    """Dice loss plus a cross-entropy in which voxels of rare classes count more, for exclusive classes.
+
+    A small organ has a small share of a plain cross-entropy, and as long as its probability is near 0, hardly any
+    gradient from the Dice loss, so that a short training finds it late or never. Here a voxel counts n^-balance, if n
+    voxels of the batch are of its class.
+
+    Args:
+        balance: 0: every voxel counts the same, as in MONAI's `DiceCELoss`; 1: every class of the batch.
+
+    Raises:
+        ValueError: `balance` is no number from 0 to 1.
+    """
+
+    def __init__(self, balance: float) -> None:
+        super().__init__()
+        if not isinstance(balance, int | float) or not 0 <= balance <= 1:
+            raise ValueError(f"class_balance must be a number from 0 to 1; found {balance!r}")
+        self.balance = balance
+        # one Dice over all crops of a batch, because a single crop may lack a class
+        self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Logits [B, C, H, W, D] of background and classes, label map [B, 1, H, W, D] → scalar."""
+        classes = label[:, 0].long()
+        counts = torch.stack([(classes == index).sum() for index in range(logits.shape[1])])
+        weight = counts.clamp(min=1).to(logits.dtype) ** -self.balance
+        return self.dice(logits, label) + F.cross_entropy(logits, classes, weight=weight)
 
 
 class DiceBCELoss(nn.Module):

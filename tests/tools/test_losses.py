@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from monai.losses import DiceCELoss
 
 from tools.losses import (
+    BalancedDiceCELoss,
     ConsistencyLoss,
     HybridMIMLoss,
     LocationLoss,
@@ -204,3 +206,43 @@ def test_bad_weights_are_refused(weights):
     weights = {name.replace("loss_", "weight_"): value for name, value in weights.items()}
     with pytest.raises(ValueError, match="loss weights must be 0 or more"):
         HybridMIMLoss(**weights)
+
+
+class TestBalancedDiceCE:
+    """Voxels of a class with n voxels in the batch count n^-balance in the cross-entropy."""
+
+    @staticmethod
+    def batch():
+        g = torch.Generator().manual_seed(0)
+        label = torch.zeros(2, 1, 8, 8, 8)
+        label[0, 0, :4, :4, :4] = 1
+        label[1, 0, 2, 3, 4:6] = 2  # two voxels, all of them in one crop; class 3 is in none
+        return torch.randn(2, 4, 8, 8, 8, generator=g), label
+
+    def test_without_balance_it_is_that_of_monai(self):
+        logits, label = self.batch()
+        theirs = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        assert BalancedDiceCELoss(0)(logits, label).item() == pytest.approx(theirs(logits, label).item(), rel=1e-6)
+
+    @pytest.mark.parametrize("balance", [0.5, 1])
+    def test_a_voxel_counts_by_how_rare_its_class_is(self, balance):
+        logits, label = self.batch()
+        counts = {0: 1024 - 64 - 2, 1: 64, 2: 2}
+        total = weights = 0.0
+        for b, x, y, z in itertools.product(range(2), range(8), range(8), range(8)):
+            true = int(label[b, 0, x, y, z])
+            weight = counts[true] ** -balance
+            total -= weight * math.log(logits[b, :, x, y, z].softmax(0)[true])
+            weights += weight
+        dice = BalancedDiceCELoss(balance).dice(logits, label).item()
+        assert BalancedDiceCELoss(balance)(logits, label).item() == pytest.approx(dice + total / weights, rel=1e-5)
+
+    def test_a_batch_of_one_class(self):
+        logits, label = self.batch()
+        for value in (0, 3):
+            assert BalancedDiceCELoss(0.5)(logits, torch.full_like(label, value)).isfinite()
+
+    @pytest.mark.parametrize("balance", [-0.1, 1.5, math.nan, "much", None])
+    def test_what_is_no_share_is_refused(self, balance):
+        with pytest.raises(ValueError, match=f"class_balance must be a number from 0 to 1; found {balance!r}"):
+            BalancedDiceCELoss(balance)
