@@ -251,7 +251,7 @@ class FastTwoConv(TwoConv):
             return super().forward(x)
         first, second = self.conv_0.adn, self.conv_1.adn
         before = self.conv_0.conv(x)
-        between = _Recomputed.apply(before, first, *first.parameters())
+        between = _keep_input(first, before)
         own = between.untyped_storage()._cdata
 
         def keep(tensor: Tensor) -> Tensor | None:
@@ -262,7 +262,50 @@ class FastTwoConv(TwoConv):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, again):
             after = self.conv_1.conv(between)
-        return _Recomputed.apply(after, second, *second.parameters())
+        return _keep_input(second, after)
+
+
+def _keep_input(layers: nn.Sequential, image: Tensor) -> Tensor:
+    """Norm and activation of `image` [B, C, H, W, D], which keep nothing else for the backward pass."""
+    parts = [layer for layer in layers if not isinstance(layer, nn.Dropout)]  # FastTwoConv sees to its probability
+    plain = image.is_cpu and image.dtype in (torch.float32, torch.float64)
+    if plain and list(map(type, parts)) == [FastInstanceNorm3d, nn.LeakyReLU]:
+        norm, activation = parts
+        if norm.affine and not norm.track_running_stats:
+            return _NormActivation.apply(image, norm.weight, norm.bias, norm.eps, activation.negative_slope)
+    return _Recomputed.apply(image, layers, *layers.parameters())
+
+
+class _NormActivation(torch.autograd.Function):
+    """Instance norm and leaky ReLU, whose backward pass takes a few channels at a time, which stay in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
+        ctx.save_for_backward(image, weight, bias)
+        ctx.eps, ctx.slope = eps, slope
+        return F.leaky_relu_(F.group_norm(image, image.shape[1], weight, bias, eps), slope)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight, bias = ctx.saved_tensors
+        crops, channels = image.shape[:2]
+        rows, gradients = image.flatten(2).flatten(0, 1), gradient.flatten(2).flatten(0, 1)
+        voxels = rows.shape[1]
+        weight, bias = weight.repeat(crops)[:, None], bias.repeat(crops)[:, None]
+        by_image, by_weight, by_bias = torch.empty_like(rows), torch.empty_like(weight), torch.empty_like(bias)
+        step = max(1, 2**18 // voxels)
+        for part in (slice(start, start + step) for start in range(0, len(rows), step)):
+            normed = rows[part] - rows[part].mean(1, keepdim=True)
+            scale = (normed.square().mean(1, keepdim=True) + ctx.eps).rsqrt_()
+            normed *= scale
+            before = torch.addcmul(bias[part], normed, weight[part])
+            grad = torch.ops.aten.leaky_relu_backward(gradients[part], before, ctx.slope, False)
+            by_bias[part] = grad.sum(1, keepdim=True)
+            by_weight[part] = before.copy_(grad).mul_(normed).sum(1, keepdim=True)
+            grad.sub_(by_bias[part] / voxels).addcmul_(normed, by_weight[part] / -voxels)
+            torch.mul(grad, scale * weight[part], out=by_image[part])
+        sums = (by.view(crops, channels).sum(0) for by in (by_weight, by_bias))
+        return by_image.view_as(image), *sums, None, None
 
 
 class _Recomputed(torch.autograd.Function):

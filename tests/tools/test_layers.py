@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools import layers
-from tools.layers import MEANS, FastConv3d, FastDropout, accelerate, weight_gradient
+from tools.layers import MEANS, FastConv3d, FastDropout, _keep_input, accelerate, weight_gradient
 
 NETWORKS = {
     "unet": (lambda: BasicUNet(3, 1, 2, (4, 4, 4, 8, 8, 4)), (48, 32, 32)),
@@ -193,6 +193,24 @@ def test_frozen_layers_and_single_gradients():
     for parameter in block.parameters():
         parameter.requires_grad_(False)
     torch.testing.assert_close(torch.autograd.grad(block(image).square().sum(), image)[0], expected)
+
+
+@pytest.mark.parametrize("size", [20, 40])  # all channels of two crops at once; four at a time
+def test_the_gradient_of_norm_and_activation(size):
+    """In 32 bit, far from 0, with a scale of each channel's own."""
+    torch.manual_seed(0)
+    block = accelerate(BasicUNet(3, 1, 1, (8, 8, 8, 8, 8, 8))).conv_0.conv_0.adn
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    image = (torch.randn(2, 8, size, size, size) * torch.rand(8, 1, 1, 1) + 5).requires_grad_()
+    gradient = torch.randn_like(image)
+    inputs = (image, *block.parameters())
+    expected = torch.autograd.grad(block(image), inputs, gradient)
+    found = torch.autograd.grad(_keep_input(block, image), inputs, gradient)
+    for a, b in zip(found, expected, strict=True):
+        wrong = (a - b).abs() > 1e-4 * b.abs().max()
+        assert wrong.float().mean() < 1e-5  # but where rounding decides on which side of 0 a voxel lies
 
 
 def test_hooks_on_the_parameters_are_called_once():
