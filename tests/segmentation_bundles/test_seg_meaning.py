@@ -396,7 +396,10 @@ def test_dice_is_one_for_what_is_right_and_zero_for_what_is_missed(name, configs
 
 @EVERY_BUNDLE
 def test_the_loss_is_what_its_name_says(name, parse):
-    """Dice of each class but the background, over the batch together, plus cross-entropy over all voxels."""
+    """Dice of each class but the background, over the batch together, plus cross-entropy over all voxels.
+
+    There, a voxel of an exclusive class weighs 1/√n, if n voxels of the batch are of its class.
+    """
     config = read(name, "train")
     softmax, classes = config["activation"] == "softmax", list(config["classes"].values())
     draw = np.random.default_rng(3)
@@ -407,7 +410,8 @@ def test_the_loss_is_what_its_name_says(name, parse):
         powers = np.exp(logits)
         probability = powers / powers.sum(1, keepdims=True)
         chosen = np.take_along_axis(probability, label, axis=1)  # label value k is channel k
-        entropy = -np.log(chosen).mean()
+        weight = np.bincount(label.ravel())[label] ** -0.5
+        entropy = -(weight * np.log(chosen)).sum() / weight.sum()
         probability = probability[:, 1:]
     else:
         probability = 1 / (1 + np.exp(-logits))
