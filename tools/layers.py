@@ -287,7 +287,8 @@ class _NormActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, weight, bias = ctx.saved_tensors
+        # MONAI's tensors would look for the metadata of every row
+        image, weight, bias, gradient = (t.as_subclass(Tensor) for t in (*ctx.saved_tensors, gradient))
         crops, channels = image.shape[:2]
         rows, gradients = image.flatten(2).flatten(0, 1), gradient.flatten(2).flatten(0, 1)
         voxels = rows.shape[1]

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor, list_data_collate
 from monai.networks.nets import UNETR, BasicUNet, SwinUNETR
 from monai.networks.nets.basic_unet import TwoConv
 from torch import nn
@@ -211,6 +212,19 @@ def test_the_gradient_of_norm_and_activation(size):
     for a, b in zip(found, expected, strict=True):
         wrong = (a - b).abs() > 1e-4 * b.abs().max()
         assert wrong.float().mean() < 1e-5  # but where rounding decides on which side of 0 a voxel lies
+
+
+def test_scans_with_metadata_that_differ_can_be_learnt_from():
+    block = accelerate(BasicUNet(3, 1, 1, (8, 8, 8, 8, 8, 8))).conv_0
+    scans = [MetaTensor(torch.rand(1, 12, 12, 12), meta=meta) for meta in ({"sform_code": 1}, {"qform_code": 1})]
+    batch = list_data_collate(scans)
+    gradients = []
+    for image in (batch, batch.as_tensor()):
+        block.zero_grad()
+        block(image).as_subclass(torch.Tensor).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in block.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_hooks_on_the_parameters_are_called_once():
