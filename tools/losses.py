@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 
@@ -256,14 +257,17 @@ def class_masks(label_map: Tensor, classes: Mapping[str, Sequence[int]]) -> Tens
 
 
 class BalancedDiceCELoss(nn.Module):
-    """Dice loss plus a cross-entropy in which voxels of rare classes count more, for exclusive classes.
+    """Dice loss plus a cross-entropy in which voxels of rare classes count more until they are found.
 
-    A small organ has a small share of a plain cross-entropy, and as long as its probability is near 0, hardly any
-    gradient from the Dice loss, so that a short training finds it late or never. Here a voxel counts n^-balance, if n
-    voxels of the batch are of its class.
+    For exclusive classes. A small organ has a small share of a plain cross-entropy, and as long as its probability is
+    near 0, hardly any gradient from the Dice loss, so that a short training finds it late or never. Here a voxel counts
+    (n_0 / n)^(balance · loss), if n voxels of the batch are of its class and n_0 are background; `loss` is the Dice
+    loss of the class in this batch, 1 while it is not found. Later the voxel counts little more than one of background:
+    organs would become too large.
 
     Args:
-        balance: 0: every voxel counts the same, as in MONAI's `DiceCELoss`; 1: every class of the batch.
+        balance: 0: every voxel counts the same, as in MONAI's `DiceCELoss`; 1: a class that is not found counts as much
+            as the background, altogether.
 
     Raises:
         ValueError: `balance` is no number from 0 to 1.
@@ -275,14 +279,17 @@ class BalancedDiceCELoss(nn.Module):
             raise ValueError(f"class_balance must be a number from 0 to 1; found {balance!r}")
         self.balance = balance
         # one Dice over all crops of a batch, because a single crop may lack a class
-        self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, reduction="none")
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         """Logits [B, C, H, W, D] of background and classes, label map [B, 1, H, W, D] → scalar."""
+        logits, label = (convert_to_tensor(t, track_meta=False) for t in (logits, label))  # flattened below
+        dice = self.dice(logits, label).flatten()
         classes = label[:, 0].long()
-        counts = torch.stack([(classes == index).sum() for index in range(logits.shape[1])])
-        weight = counts.clamp(min=1).to(logits.dtype) ** -self.balance
-        return self.dice(logits, label) + F.cross_entropy(logits, classes, weight=weight)
+        counts = torch.stack([(classes == index).sum() for index in range(logits.shape[1])]).clamp(min=1)
+        rarity = (counts[0] / counts[1:]).to(logits.dtype)
+        weight = torch.cat([rarity.new_ones(1), rarity ** (self.balance * dice.detach())])
+        return dice.mean() + F.cross_entropy(logits, classes, weight=weight)
 
 
 class DiceBCELoss(nn.Module):

@@ -398,7 +398,8 @@ def test_dice_is_one_for_what_is_right_and_zero_for_what_is_missed(name, configs
 def test_the_loss_is_what_its_name_says(name, parse):
     """Dice of each class but the background, over the batch together, plus cross-entropy over all voxels.
 
-    There, a voxel of an exclusive class weighs 1/√n, if n voxels of the batch are of its class.
+    There, a voxel of an exclusive class weighs as the root of how much rarer than background its class is, to the
+    power of the Dice loss of the class.
     """
     config = read(name, "train")
     softmax, classes = config["activation"] == "softmax", list(config["classes"].values())
@@ -410,8 +411,6 @@ def test_the_loss_is_what_its_name_says(name, parse):
         powers = np.exp(logits)
         probability = powers / powers.sum(1, keepdims=True)
         chosen = np.take_along_axis(probability, label, axis=1)  # label value k is channel k
-        weight = np.bincount(label.ravel())[label] ** -0.5
-        entropy = -(weight * np.log(chosen)).sum() / weight.sum()
         probability = probability[:, 1:]
     else:
         probability = 1 / (1 + np.exp(-logits))
@@ -420,6 +419,10 @@ def test_the_loss_is_what_its_name_says(name, parse):
         2 * (probability[:, k] * masks[:, k]).sum() / (probability[:, k].sum() + masks[:, k].sum())
         for k in range(len(classes))
     ]
+    if softmax:
+        counts = np.bincount(label.ravel())
+        weight = (counts[0] / counts) ** (0.5 * (1 - np.array([1, *dice])))
+        entropy = -(weight[label] * np.log(chosen)).sum() / weight[label].sum()
     loss = parse(name, ["train"]).get_parsed_content("loss")
     found = loss(torch.tensor(logits), torch.tensor(label)).item()
     assert found == pytest.approx(1 - np.mean(dice) + entropy, abs=1e-5)

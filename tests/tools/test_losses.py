@@ -209,7 +209,7 @@ def test_bad_weights_are_refused(weights):
 
 
 class TestBalancedDiceCE:
-    """Voxels of a class with n voxels in the batch count n^-balance in the cross-entropy."""
+    """A voxel of a rare class counts more in the cross-entropy, as long as the class is not found."""
 
     @staticmethod
     def batch():
@@ -225,17 +225,28 @@ class TestBalancedDiceCE:
         assert BalancedDiceCELoss(0)(logits, label).item() == pytest.approx(theirs(logits, label).item(), rel=1e-6)
 
     @pytest.mark.parametrize("balance", [0.5, 1])
-    def test_a_voxel_counts_by_how_rare_its_class_is(self, balance):
+    def test_a_voxel_counts_by_how_rare_and_how_lost_its_class_is(self, balance):
         logits, label = self.batch()
-        counts = {0: 1024 - 64 - 2, 1: 64, 2: 2}
+        counts, dice = {0: 1024 - 64 - 2, 1: 64, 2: 2}, {0: 0.0}
+        probability = logits.softmax(1)
+        for k in (1, 2, 3):
+            overlap = probability[:, k][label[:, 0] == k].sum().item()
+            dice[k] = 1 - 2 * overlap / (probability[:, k].sum().item() + counts.get(k, 0))
         total = weights = 0.0
         for b, x, y, z in itertools.product(range(2), range(8), range(8), range(8)):
             true = int(label[b, 0, x, y, z])
-            weight = counts[true] ** -balance
-            total -= weight * math.log(logits[b, :, x, y, z].softmax(0)[true])
+            weight = (counts[0] / counts[true]) ** (balance * dice[true])
+            total -= weight * math.log(probability[b, true, x, y, z])
             weights += weight
-        dice = BalancedDiceCELoss(balance).dice(logits, label).item()
-        assert BalancedDiceCELoss(balance)(logits, label).item() == pytest.approx(dice + total / weights, rel=1e-5)
+        expected = (dice[1] + dice[2] + dice[3]) / 3 + total / weights
+        assert BalancedDiceCELoss(balance)(logits, label).item() == pytest.approx(expected, rel=1e-4)
+
+    def test_what_is_found_counts_like_background(self):
+        _, label = self.batch()
+        logits = 12 * torch.nn.functional.one_hot(label[:, 0].long(), 4).movedim(-1, 1).float()
+        logits[0, :, 7, 7, 7] = torch.tensor([0.0, 3, 0, 0])  # a single voxel of background is wrong
+        found = [BalancedDiceCELoss(balance)(logits, label).item() for balance in (0, 1)]
+        assert found[1] == pytest.approx(found[0], rel=0.05)
 
     def test_a_batch_of_one_class(self):
         logits, label = self.batch()
