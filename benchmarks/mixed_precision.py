@@ -4,7 +4,7 @@
     python -m benchmarks.mixed_precision --bundle hybridmim_spleen_seg --dataset_dir … --output_dir … --epochs 40
 
 All other options are keys of the bundle's train.yaml. Every seed is trained in both precisions by the bundle's own
-command; runs that are in `output_dir` already are not made again.
+command; runs that have ended in `output_dir` are not made again.
 
 A processor without bfloat16 takes the same way, but for its convolutions and matrix products: they are computed in 32
 bit from inputs in bfloat16, and the result is rounded to bfloat16, which is what a processor that has it does. So this
@@ -62,9 +62,13 @@ def train() -> None:
 
 def run(bundle: str, overlays: Sequence[str], folder: Path, options: dict[str, Any]) -> list[float]:
     """Train once, unless that has been done; the mean loss of every epoch."""
-    file = folder / "metrics.csv"
-    if not (folder / "done").exists():
-        root = ROOT / "bundles" / bundle
+    root, done = ROOT / "bundles" / bundle, folder / "done.txt"
+    settings = "\n".join(
+        f"{key}: {value}" for key, value in {"bundle": bundle, "overlays": overlays, **options}.items()
+    )
+    if done.exists() and done.read_text() != settings:
+        sys.exit(f"{done}: found\n{done.read_text()}\nexpected\n{settings}\n: give another output_dir")
+    if not done.exists():
         configs = [str(root / f"configs/{name}.yaml") for name in ("train", *overlays)]
         keys = {"config_file": configs, "bundle_root": root, "output_dir": folder, "ckpt_dir": folder / "models"}
         line = [sys.executable, "-W", "ignore", "-c", "from benchmarks.mixed_precision import train; train()"]
@@ -73,8 +77,8 @@ def run(bundle: str, overlays: Sequence[str], folder: Path, options: dict[str, A
         ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
         if ended.returncode:
             sys.exit(ended.stderr[-3000:])
-        (folder / "done").touch()
-    with file.open() as rows:
+        done.write_text(settings)
+    with (folder / "metrics.csv").open() as rows:
         return [float(row["loss"]) for row in csv.DictReader(rows)]
 
 

@@ -262,8 +262,8 @@ class BalancedDiceCELoss(nn.Module):
     For exclusive classes. A small organ has a small share of a plain cross-entropy, and as long as its probability is
     near 0, hardly any gradient from the Dice loss, so that a short training finds it late or never. Here a voxel counts
     (n_0 / n)^(balance · loss), if n voxels of the batch are of its class and n_0 are background; `loss` is the Dice
-    loss of the class in this batch, 1 while it is not found. Later the voxel counts little more than one of background:
-    organs would become too large.
+    loss of the class in this batch, 1 while it is not found. Later the voxel counts little more than one of background,
+    because to count more to the end costs Dice where organs are found anyway (docs/study.md).
 
     Args:
         balance: 0: every voxel counts the same, as in MONAI's `DiceCELoss`; 1: a class that is not found counts as much

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.mixed_precision import Rounded, main, summary
+from benchmarks.mixed_precision import Rounded, main, run, summary
 from tools.samples.sample_data import sample_data
 
 
@@ -41,6 +41,19 @@ def test_the_summary_tells_precision_from_seed():
     text = summary(losses)
     assert "| 2 | 0.6000 (0.5000–0.7000) | 0.6100 (0.5000–0.7200) | +0.0100 |" in text
     assert text.endswith("same seed, other precision: 0.0075; 32 bit, other seed: 0.2000")
+
+
+def test_one_seed_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--seeds: at least 2 are needed, to know their spread; found 1"):
+        main(str(tmp_path), str(tmp_path / "runs"), seeds=1)
+
+
+def test_a_run_is_kept_but_not_one_of_other_settings(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,0.5\n2,0.25\n")
+    (tmp_path / "done.txt").write_text("bundle: hybridmim_pretrain\noverlays: ['small']\nepochs: 2")
+    assert run("hybridmim_pretrain", ["small"], tmp_path, {"epochs": 2}) == [0.5, 0.25]
+    with pytest.raises(SystemExit, match=r"epochs: 2\nexpected(.|\n)*epochs: 3\n: give another output_dir"):
+        run("hybridmim_pretrain", ["small"], tmp_path, {"epochs": 3})
 
 
 @pytest.mark.slow
