@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -137,6 +138,15 @@ def test_inference_inside_the_bundle_gives_the_same(trained, run_bundle, workflo
     assert len(maps) == 5
     for path in maps:
         np.testing.assert_array_equal(nib.load(inside / path).dataobj, nib.load(outside / path).dataobj)
+
+
+@pytest.mark.parametrize("bad", [{"class_balance": 2}, {"pretrained_lr_multiplier": "much"}, {"learning_rate": -1}])
+def test_what_the_loss_or_the_optimizer_refuses_leaves_the_folders_free(bad, workflow, samples, tmp_path):
+    options = {"dataset_dir": str(samples("spleen")), **TINY_TRAINING, "epochs": 1}
+    with pytest.raises(RuntimeError) as error:
+        workflow("spleen", "train", ["train"], **options, **bad).run()
+    assert re.match("{}(:| must).* '?{}'?".format(*next(iter(bad.items()))), str(root_cause(error.value)))
+    assert not list(tmp_path.rglob("run.json")) + list(tmp_path.rglob("config.yaml"))
 
 
 def test_another_network_is_refused_before_any_work(trained, workflow, samples, tmp_path):

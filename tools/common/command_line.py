@@ -1,7 +1,8 @@
-"""Paths on the command line: as they were typed, or an error that says how to type them.
+"""Options on the command line: as they were meant, or an error that says how to type them.
 
 Fire makes numbers, lists and booleans out of values that look like them (`2023_01`, `1.10`, `a,b`, `True`), and MONAI's
-config parser reads `$`, `@` and `%` at the start of a value, and `#` anywhere in it, as its own signs.
+config parser reads `$`, `@` and `%` at the start of a value, and `#` anywhere in it, as its own signs. A key that no
+config has is taken by MONAI without a word.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fire import decorators
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser, run
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from tools.common.calling_parser import calling_parser
 
@@ -34,17 +39,41 @@ def keep_text(command: Callable | Mapping[str, Any]) -> Callable | Mapping[str, 
     return command
 
 
-def require_plain_paths() -> None:
-    """Check the paths of a config, first of all; called from its `initialize`.
+def require_options() -> None:
+    """Check what was typed on the command line, first of all; called from a config's `initialize`.
 
     Raises:
-        ValueError: one is no text, or did not arrive as it was typed on the command line.
+        ValueError: a path is no text, or did not arrive as it was typed; no config file has a key; a number of the
+            config was replaced by something else.
     """
     parser = calling_parser()
     typed = _typed(sys.argv)
     for key in PATHS:
         if key in parser:
             _require_plain(key, typed.get(key), parser[key])
+    if "config_file" in typed:
+        config = ConfigParser.load_config_files(DefaultParseValue(typed["config_file"]))
+        for key in typed:
+            if key in parser.get():  # what is not is an option of another program, such as a server's
+                _require_key(key, typed, config)
+                _require_number(key, parser[key], config.get(key))
+
+
+def _require_key(key: str, typed: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    known = [*config, *inspect.signature(run).parameters, *DEFAULT_MLFLOW_SETTINGS["configs"]]
+    if key not in known and not any(f"@{key}" in value for value in typed.values()):
+        close = get_close_matches(key, config, n=3)
+        raise ValueError(
+            f"{key}: found on the command line, but in no config file; expected one of their keys"
+            + (f": {' or '.join(close)}?" if close else "")
+        )
+
+
+def _require_number(key: str, found: object, default: object) -> None:
+    number = isinstance(default, int | float) and not isinstance(default, bool)
+    expression = isinstance(found, str) and found.startswith(("$", "@", "%"))
+    if number and not expression and (isinstance(found, bool) or not isinstance(found, int | float | None)):
+        raise ValueError(f"{key}: found {found!r}, expected a number, such as {default}")
 
 
 def _typed(arguments: Sequence[str]) -> dict[str, str]:

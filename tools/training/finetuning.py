@@ -37,10 +37,13 @@ def parameter_groups(
         pretrained_lr_multiplier: factor for what was loaded; less than 1 keeps it closer to its pre-trained weights.
 
     Raises:
-        ValueError: the multiplier is negative, or no number.
+        ValueError: the multiplier, the rate or the decay is negative, or no number.
     """
-    if not isinstance(pretrained_lr_multiplier, int | float) or not pretrained_lr_multiplier >= 0:
-        raise ValueError(f"pretrained_lr_multiplier: found {pretrained_lr_multiplier!r}, expected a number, 0 or more")
+    values = {"pretrained_lr_multiplier": pretrained_lr_multiplier}
+    values |= {"learning_rate": learning_rate, "weight_decay": weight_decay}  # AdamW does not check those of groups
+    for key, value in values.items():
+        if not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{key}: found {value!r}, expected a number, 0 or more")
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in transfer.network.named_parameters():
         groups[name in transfer.loaded].append(parameter)

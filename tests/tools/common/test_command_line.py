@@ -43,12 +43,12 @@ def error_of(tmp_path, monkeypatch):
     """What the start of a run says about a folder of this name; None if it is read as it was typed."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    def run(typed, folder=None):
+    def run(typed, folder=None, more=()):
         if folder is not None:
             (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path)
         line = ["run", "path", "--config_file", f"{BUNDLE}/configs/inference.yaml", "--bundle_root", str(BUNDLE)]
-        line += ["--logging_file", "False", "--dataset_dir", typed]
+        line += ["--logging_file", "False", "--dataset_dir", typed, *more]
         monkeypatch.setattr(sys, "argv", ["monai.bundle", *line])
         try:
             fire.Fire({"run": scripts.run}, command=line)
@@ -82,3 +82,31 @@ def test_bundles_say_how_to_write_a_hash(error_of):
     assert said.startswith("dataset_dir: found a#b, in which the config parser reads # as ::")
     expression = re.search(r'the expression "\\(.*)"$', said)[1]
     assert expression == r"$'a\x23b'" and error_of(expression) is None
+
+
+def test_a_key_that_no_config_has_is_refused_with_those_that_are_like_it(error_of):
+    said = error_of("scans", more=["--num_worker", "2"])
+    assert said.startswith("num_worker: found on the command line, but in no config file; expected one of their keys: ")
+    assert "num_workers" in said
+    assert error_of("scans", more=["--xyz=2"]).endswith("expected one of their keys")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--num_workers", "2"),
+        ("--num-workers=2",),
+        ("--swin_feature_size", "24"),  # of an overlay that is not read
+        ("--initialize#2", "$None"),
+        ("--many", "2", "--num_workers", "$@many * 2"),
+        ("--run_name", "first"),  # of MONAI's tracking
+    ],
+)
+def test_keys_of_the_configs_of_monai_and_of_other_options_are_taken(error_of, more):
+    assert error_of("scans", more=more) is None
+
+
+@pytest.mark.parametrize("typed", ["two", "True", "[2]"])
+def test_what_is_no_number_is_refused_where_the_config_has_one(error_of, typed):
+    said = error_of("scans", more=["--num_workers", typed])
+    assert said.startswith("num_workers: found ") and said.endswith(", expected a number, such as 0")
