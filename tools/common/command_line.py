@@ -23,6 +23,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from tools.common.calling_parser import calling_parser
 
 PATHS = ("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "pretrained")
+MONAIS = ("initialize", "run", "finalize", *inspect.signature(run).parameters, *DEFAULT_MLFLOW_SETTINGS["configs"])
 TEXTS = ("str", "str | None", "str | Path", "str | Path | None")  # annotations
 
 
@@ -60,8 +61,7 @@ def require_options() -> None:
 
 
 def _require_key(key: str, typed: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    known = [*config, *inspect.signature(run).parameters, *DEFAULT_MLFLOW_SETTINGS["configs"]]
-    if key not in known and not any(f"@{key}" in value for value in typed.values()):
+    if key not in (*config, *MONAIS) and not any(f"@{key}" in value for value in typed.values()):
         close = get_close_matches(key, config, n=3)
         raise ValueError(
             f"{key}: found on the command line, but in no config file; expected one of their keys"

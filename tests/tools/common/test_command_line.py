@@ -100,6 +100,7 @@ def test_a_key_that_no_config_has_is_refused_with_those_that_are_like_it(error_o
         ("--initialize#2", "$None"),
         ("--many", "2", "--num_workers", "$@many * 2"),
         ("--run_name", "first"),  # of MONAI's tracking
+        ("--finalize", "$print()"),  # which MONAI looks for
     ],
 )
 def test_keys_of_the_configs_of_monai_and_of_other_options_are_taken(error_of, more):
