@@ -144,7 +144,7 @@ class FastConv3d(nn.Conv3d):
     """Convolution, channels last where there is no gradient, and else with a weight gradient of our own.
 
     That is a sum of matrix products, where PyTorch has no kernel of its own for it: on x86 CPUs without AVX-512, in 32
-    bit, for kernels of 3 with a stride and a padding of 1.
+    bit, for kernels of 3 with a stride and a padding of 1. In bfloat16, PyTorch's is wrong for flat volumes: `too_flat`.
     """
 
     slow_gradient = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -158,11 +158,24 @@ class FastConv3d(nn.Conv3d):
             if kind == ((1,) * 3, (1,) * 3, (0,) * 3, (1,) * 3):  # a matrix product
                 return F.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
             return self._conv_forward(_last(input), _last(self.weight), self.bias)
+        if self.too_flat(input):
+            ends = self.padding[0]
+            input = F.pad(input, (0, 0, 0, 0, ends, ends))
+            return F.conv3d(input, self.weight, self.bias, self.stride, (0, *self.padding[1:]), self.dilation)
         plain = kind == ((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3) and self.in_channels >= 16
         single = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if self.slow_gradient and plain and single and torch.is_grad_enabled() and self.weight.requires_grad:
             return _Convolution.apply(input, self.weight, self.bias)
         return super().forward(input)
+
+    def too_flat(self, input: Tensor) -> bool:
+        """Whether oneDNN's weight gradient in bfloat16 would read memory that nobody wrote (PyTorch 2.13, AVX-512).
+
+        It does where the first side of the volume is shorter than the kernel, as at a bottleneck of 2×2×2, unless the
+        padding is part of the volume: gradients change from call to call, and some are not finite.
+        """
+        low = input.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        return low and torch.is_grad_enabled() and bool(self.padding[0]) and input.shape[2] < self.kernel_size[0]
 
 
 class _Convolution(torch.autograd.Function):

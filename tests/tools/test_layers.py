@@ -76,6 +76,25 @@ def test_in_bfloat16_they_are_as_near_to_32_bit_as_the_plain_ones(name):
     assert (fast - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("size", [(1, 4, 4), (2, 2, 2), (2, 6, 4), (3, 3, 3)])
+def test_the_weight_gradient_of_a_flat_volume_in_bfloat16(size):
+    """PyTorch's own reads memory that nobody wrote on processors with AVX-512; here that holds no numbers."""
+    torch.manual_seed(0)
+    plain = nn.Conv3d(32, 32, 3, padding=1)
+    image, upstream = (torch.randn(2, 32, *size).bfloat16().float() for _ in range(2))
+    plain(image).backward(upstream)
+    for _ in range(6):
+        fast = accelerate(nn.Conv3d(32, 32, 3, padding=1))
+        fast.load_state_dict(plain.state_dict())
+        freed = [torch.full((2**n,), torch.nan, dtype=torch.bfloat16) for n in range(3, 21)]
+        del freed
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fast(image)
+        out.backward(upstream.bfloat16())
+        error = (fast.weight.grad - plain.weight.grad).norm() / plain.weight.grad.norm()
+        assert error < 0.005
+
+
 @pytest.mark.parametrize("crops", [1, 2])
 def test_without_gradient_they_compute_channels_last(plain, crops):
     network, image = plain
