@@ -144,7 +144,8 @@ class FastConv3d(nn.Conv3d):
     """Convolution, channels last where there is no gradient, and else with a weight gradient of our own.
 
     That is a sum of matrix products, where PyTorch has no kernel of its own for it: on x86 CPUs without AVX-512, in 32
-    bit, for kernels of 3 with a stride and a padding of 1. Of flat volumes in bfloat16, PyTorch's is wrong (`too_flat`).
+    bit, for kernels of 3 with a stride and a padding of 1. In bfloat16, PyTorch's own is wrong where a volume is
+    `too_flat`.
     """
 
     slow_gradient = torch.backends.cpu.get_cpu_capability() == "AVX2"
