@@ -15,6 +15,7 @@ TINY = {
     "decode_size": [32, 32, 32],
     "decode_box": [16, 0, 0],  # the published corner
     "dropout": 0.0,
+    "amp": "off",  # what is the same up to rounding is not told from what is not in bfloat16
 }
 
 

@@ -171,13 +171,13 @@ def scans(shared_data, tmp_path):
 
 @pytest.fixture
 def infer(workflow, scans, tmp_path):
-    """Runs the hippocampus bundle's inference in this process; gives the label map."""
+    """Runs the hippocampus bundle's inference in this process, in 32 bit; gives the label map."""
 
     def run(overlays, **overrides):
         out = tmp_path / "_".join(["out", *overlays])
         workflow(
             *("hippocampus", "infer", ["inference", *overlays]),
-            **{"dataset_dir": str(scans), **TINY, "output_dir": str(out), **overrides},
+            **{"dataset_dir": str(scans), **TINY, "output_dir": str(out), "amp": "off", **overrides},
         ).run()
         return label_map(out)
 

@@ -315,7 +315,12 @@ def voxelwise(name, phantom):
     return definition, {**weights, "bias": torch.tensor(bias * scale).float()}
 
 
-WINDOWS = {"roi_size": [32, 32, 32], "spacing": "$None", "num_workers": 0}
+WINDOWS = {
+    "roi_size": [32, 32, 32],
+    "spacing": "$None",
+    "num_workers": 0,
+    "amp": "off",
+}  # 8 bits do not tell organs apart
 
 
 @EVERY_BUNDLE
