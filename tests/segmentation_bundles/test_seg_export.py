@@ -192,7 +192,7 @@ def label_map(folder):
 
 def test_the_label_map_is_that_of_the_weights_unet(infer, exported, weights):
     expected = infer([], ckpt_path=str(weights("hippocampus", "unet")))
-    found = infer(["torchscript"], ckpt_path=str(exported("hippocampus", "unet")), amp=True)
+    found = infer(["torchscript"], ckpt_path=str(exported("hippocampus", "unet")))
     np.testing.assert_array_equal(found, expected)
 
 
