@@ -31,6 +31,7 @@ from monai.bundle import ConfigParser
 from monai.losses import DiceCELoss
 from torch.nn.functional import interpolate
 
+from tools.common.mixed_precision import amp_dtype
 from tools.common.tables import aligned
 from tools.common.text import parse_bool
 from tools.samples.anatomy import ct_abdomen
@@ -87,7 +88,7 @@ def prepare(folder: Path, size: int, slices: int, roi: int, steps: int) -> None:
     torch.save(network.state_dict(), folder / "model.pt")
 
 
-def child(folder: str, plain: bool, roi: int) -> None:
+def child(folder: str, plain: bool, roi: int, amp: str) -> None:
     """Segment the scan in `folder`, in this process; print times of each stage and the peak of memory as JSON."""
     place, parser = Path(folder), _parser()
     kind = "plain" if plain else "ours"
@@ -100,6 +101,7 @@ def child(folder: str, plain: bool, roi: int) -> None:
             "ckpt_path": str(place / "model.pt"),
             "spacing": list(SPACING),
             "roi_size": [roi] * 3,
+            "amp": amp,
         }
     )
     if plain:
@@ -141,9 +143,9 @@ def child(folder: str, plain: bool, roi: int) -> None:
     print(json.dumps({"spent": spent, "peak": peak}))
 
 
-def _measure(folder: Path, plain: bool, roi: int) -> dict[str, Any]:
+def _measure(folder: Path, plain: bool, roi: int, amp: str) -> dict[str, Any]:
     """In a process of its own."""
-    line = [sys.executable, "-m", "benchmarks.inference", "child", str(folder), str(plain), str(roi)]
+    line = [sys.executable, "-m", "benchmarks.inference", "child", str(folder), str(plain), str(roi), amp]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ})
     if done.returncode:
         raise SystemExit(f"{'plain' if plain else 'ours'}: exit status {done.returncode}\n{done.stderr[-2000:]}")
@@ -156,7 +158,13 @@ def _labels(folder: Path, kind: str) -> np.ndarray:
 
 
 def main(
-    size: int = 512, slices: int = 700, plain: bool | str = True, roi: int = 96, steps: int = 60, repeats: int = 1
+    size: int = 512,
+    slices: int = 700,
+    plain: bool | str = True,
+    roi: int = 96,
+    steps: int = 60,
+    repeats: int = 1,
+    amp: str = "auto",
 ) -> dict[str, float]:
     """Measure, and print tables.
 
@@ -167,6 +175,7 @@ def main(
         roi: edge of the windows, voxels.
         steps: of fitting the network.
         repeats: runs of each way, in turn; the fastest counts.
+        amp: mixed precision of our way, as in inference.yaml; the plain one computes in 32 bit.
 
     Returns:
         `voxels`, and with `plain` the number of those that `differ`, and their largest `margin` between the two
@@ -180,13 +189,16 @@ def main(
         runs: dict[str, list] = {kind: [] for kind in kinds}
         for _ in range(repeats):
             for kind, which in kinds.items():
-                runs[kind].append(_measure(folder, which, roi))
+                runs[kind].append(_measure(folder, which, roi, amp))
         ours = _labels(folder, "ours")
         found = {"voxels": float(ours.size), "classes": float(len(np.unique(ours)))}
         if plain:
             differ, margin = ours != _labels(folder, "plain"), np.load(folder / "margin.npy")
             found |= {"differ": float(differ.sum()), "margin": float(margin[differ].max()) if differ.any() else 0.0}
-    print(f"{size}×{size}×{slices} voxels, 14 classes, windows of {roi}³, {torch.get_num_threads()} threads")
+    print(
+        f"{size}×{size}×{slices} voxels, 14 classes, windows of {roi}³, {torch.get_num_threads()} threads, "
+        f"ours in {amp_dtype(amp, 'cpu')}"
+    )
     print("seconds of wall clock / of the processor")
     rows = []
     for stage in (*STAGES, "all"):
