@@ -53,7 +53,7 @@ def _network(means: Sequence[str]) -> str:
 def variants(overlays: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Name → keys of train.yaml that differ; the published recipe has those of its step."""
     swin = "swin_unetr" in overlays
-    unused = {"attention"} if not swin else {"padding", "activations"}
+    unused = {"attention"} if not swin else {"padding", "activations", "pooling"}
     published = {} if swin else {"dropout_stages": [0]}
     parts: dict[str, dict[str, Any]] = {
         PUBLISHED: {"amp": "off", "network": _network([]), **published},

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 LAST = torch.channels_last_3d
-MEANS = ("norm", "deconvolution", "weight_gradient", "dropout", "attention", "padding", "activations")
+MEANS = ("norm", "deconvolution", "weight_gradient", "dropout", "pooling", "attention", "padding", "activations")
 SCORES = {"cpu": 2**19, "cuda": 2**28}  # attention scores at a time: as many as stay in the cache; 1 GB
 
 
@@ -41,13 +41,13 @@ def accelerate(network: nn.Module, checkpointing: bool = False, means: Collectio
 
 
 def channels_last(input: Tensor) -> bool:
-    """Whether a layer computes with the channels of a voxel side by side: on CPUs, without gradient or mixed precision.
+    """Whether a layer computes with the channels of a voxel side by side: on CPUs, without gradient.
 
     Convolutions of few channels take a bit more than half the time so. Training keeps the usual layout, which its norms
     and the weight gradient are made for.
     """
-    plain = input.is_cpu and input.ndim == 5 and input.dtype in (torch.float32, torch.float64)
-    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    known = input.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return input.is_cpu and input.ndim == 5 and known and not torch.is_grad_enabled()
 
 
 def _last(tensor: Tensor) -> Tensor:
@@ -70,8 +70,9 @@ class FastInstanceNorm3d(nn.InstanceNorm3d):
         return F.group_norm(input, input.shape[1], self.weight, self.bias, self.eps)
 
     def takes(self, input: Tensor) -> bool:
-        """Whether `normalize` can take it: it comes from a layer that computed channels last."""
-        return channels_last(input) and not input.is_contiguous() and input.is_contiguous(memory_format=LAST)
+        """Whether `normalize` takes it: it comes from a layer that computed channels last, in more than 8 bits."""
+        last = not input.is_contiguous() and input.is_contiguous(memory_format=LAST)
+        return last and channels_last(input) and input.dtype != torch.bfloat16
 
     def normalize(self, input: Tensor, out: Tensor) -> Tensor:
         """Write the normalised input, channels last, to `out`, which may be the input.
@@ -223,6 +224,15 @@ def weight_gradient(image: Tensor, gradient: Tensor, block: int = 4096) -> Tenso
                 for product, offset in zip(products, offsets, strict=True):
                     product.addmm_(slab[:, start:stop], around[:, start + offset : stop + offset].T)
     return products.permute(1, 2, 0).reshape(gradient.shape[1], image.shape[1], 3, 3, 3)
+
+
+class FastMaxPool3d(nn.MaxPool3d):
+    """Maximum in the type of its input: CPUs' autocast would convert to 32 bit, which changes no maximum."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W, D] → [B, C, H/2, W/2, D/2] (for a kernel of 2)."""
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input)
 
 
 class FastUpCat(UpCat):
@@ -437,6 +447,7 @@ _LAYERS = {
     "deconvolution": (nn.ConvTranspose3d, FastConvTranspose3d),
     "weight_gradient": (nn.Conv3d, FastConv3d),
     "dropout": (nn.Dropout, FastDropout),
+    "pooling": (nn.MaxPool3d, FastMaxPool3d),
     "attention": (WindowAttention, FastWindowAttention),
     "padding": (UpCat, FastUpCat),
     "activations": (TwoConv, FastTwoConv),

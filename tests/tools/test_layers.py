@@ -114,6 +114,24 @@ def test_without_gradient_they_compute_channels_last(plain, crops):
     assert crops == 1 or all(out.is_contiguous(memory_format=torch.channels_last_3d) for out in formats)
 
 
+def test_so_they_do_in_bfloat16_and_no_layer_goes_back_to_32_bit():
+    torch.manual_seed(0)
+    network, image = BasicUNet(3, 1, 3, (8, 8, 16, 32, 32, 8)).eval(), torch.rand(2, 1, 32, 32, 32)
+    fast = accelerate(deepcopy(network))
+    outputs = []
+    for layer in fast.modules():
+        if isinstance(layer, nn.Conv3d | nn.MaxPool3d | nn.ConvTranspose3d | nn.InstanceNorm3d):
+            layer.register_forward_hook(lambda _layer, _inputs, out: outputs.append(out))
+    with torch.no_grad():
+        exact = network(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, found = network(image), fast(image)
+    assert len(outputs) > 40
+    assert all(out.dtype == torch.bfloat16 for out in outputs)
+    assert all(out.is_contiguous(memory_format=torch.channels_last_3d) for out in outputs)
+    assert (found - exact).norm() < 1.2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize(("mean", "deviation", "error"), [(4, 3, 2e-5), (100, 0.1, 2e-3)])
 def test_the_norm_channels_last_is_as_exact_as_the_plain_one(mean, deviation, error):
     torch.manual_seed(0)
