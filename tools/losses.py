@@ -136,7 +136,7 @@ class ConsistencyLoss(nn.Module):
 
 
 class NTXentLoss(nn.Module):
-    """Sample level: normalised temperature-scaled cross-entropy (NT-Xent, arXiv 2002.05709, Eq. 1)."""
+    """Sample level: normalised temperature-scaled cross-entropy (NT-Xent, arXiv 2002.05709, Eq. 1) of centred views."""
 
     def __init__(self, temperature: float = 0.5) -> None:
         super().__init__()
@@ -153,8 +153,13 @@ class NTXentLoss(nn.Module):
 
 
 def view_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity between all views, [2N, 2N]; -inf on the diagonal."""
-    views = F.normalize(torch.cat([first, second]).float(), dim=1)
+    """Cosine similarity between all views after their mean was taken away, [2N, 2N]; -inf on the diagonal.
+
+    The vectors of all crops are nearly the same at the start: as they are, every cosine is close to 1, nothing tells
+    the views apart, and the loss may stay at its chance level for a whole run.
+    """
+    views = torch.cat([first, second]).float()
+    views = F.normalize(views - views.mean(0), dim=1)
     return (views @ views.T).masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
 
 

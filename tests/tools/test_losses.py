@@ -150,9 +150,11 @@ def test_region_losses_equal_their_definitions(geometry, padded):
 
 @pytest.mark.parametrize(("n", "temperature"), [(1, 0.5), (2, 0.5), (5, 0.1)])
 def test_ntxent_equals_its_textbook_definition(n, temperature):
+    """For views without their mean."""
     g = torch.Generator().manual_seed(n)
     first, second = torch.randn((n, 6), generator=g), torch.randn((n, 6), generator=g)
-    z = [*first, *second]
+    mean = torch.cat([first, second]).mean(0)
+    z = [view - mean for view in (*first, *second)]
 
     def similarity(i, k):
         return math.exp(float(z[i] @ z[k] / (z[i].norm() * z[k].norm())) / temperature)
@@ -162,6 +164,15 @@ def test_ntxent_equals_its_textbook_definition(n, temperature):
         for i in range(2 * n)
     ]
     assert NTXentLoss(temperature)(first, second).item() == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+
+
+def test_what_all_views_have_in_common_does_not_hide_which_belong_together():
+    """As at the start of a training, when the vectors of all crops are nearly the same."""
+    g = torch.Generator().manual_seed(0)
+    own, common = torch.randn((4, 6), generator=g), 1000 * torch.ones(6)
+    apart = NTXentLoss()(own, own + 0.1)
+    assert apart < 0.6 * math.log(7)  # chance
+    torch.testing.assert_close(NTXentLoss()(common + own, common + own + 0.1), apart, rtol=1e-3, atol=0)
 
 
 def test_total_is_the_weighted_sum_of_the_named_terms():
