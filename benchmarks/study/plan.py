@@ -234,7 +234,7 @@ def _finetune_files(study: Study, arm: Arm, *overlays: str) -> tuple[str, ...]:
 
 def _finetune_options(study: Study, arm: Arm) -> dict[str, Any]:
     numbers = study.preset.finetuning
-    options = {**study.preset.data, **numbers.options, **numbers.methods.get(arm.method, {})}
+    options = {**study.preset.data, **numbers.options}
     return _with_sizes(study, arm, _finetune_files(study, arm), options)
 
 

@@ -57,7 +57,6 @@ class Finetuning:
     learning_rates: list[float]
     rate_chosen_at: dict[str, Any]  # label_fraction: a number or `each`; seed
     options: dict[str, Any]
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # options, by method
     steps: dict[float, int] | None = None  # by label fraction
     epochs: int | None = None  # over all labels
 
