@@ -181,7 +181,7 @@ def main(
         `voxels`, and with `plain` the number of those that `differ`, and their largest `margin` between the two
         largest probabilities.
     """
-    plain = parse_bool(plain)
+    plain, dtype = parse_bool(plain), amp_dtype(amp, "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, size, slices, roi, steps)
@@ -197,7 +197,7 @@ def main(
             found |= {"differ": float(differ.sum()), "margin": float(margin[differ].max()) if differ.any() else 0.0}
     print(
         f"{size}×{size}×{slices} voxels, 14 classes, windows of {roi}³, {torch.get_num_threads()} threads, "
-        f"ours in {amp_dtype(amp, 'cpu')}"
+        f"ours in {dtype}"
     )
     print("seconds of wall clock / of the processor")
     rows = []
