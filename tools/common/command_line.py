@@ -24,6 +24,10 @@ from tools.common.calling_parser import calling_parser
 
 PATHS = ("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "pretrained")
 MONAIS = ("initialize", "run", "finalize", *inspect.signature(run).parameters, *DEFAULT_MLFLOW_SETTINGS["configs"])
+# Sizes of numbers that MONAI and PyTorch take without a word, or refuse without the key
+WHOLE = {"epochs": 1, "batch_size": 1, "crops_per_volume": 1, "log_interval": 1, "num_workers": 0, "seed": 0}
+LEAST = {**WHOLE, "warmup_epochs": 0, "learning_rate": 0, "weight_decay": 0}
+ABOVE = {"clip_norm": 0}
 TEXTS = ("str", "str | None", "str | Path", "str | Path | None")  # annotations
 
 
@@ -45,7 +49,7 @@ def require_options() -> None:
 
     Raises:
         ValueError: a path is no text, or did not arrive as it was typed; no config file has a key; a number of the
-            config was replaced by something else.
+            config was replaced by something else; a number is too small, or not whole.
     """
     parser = calling_parser()
     typed = _typed(sys.argv)
@@ -58,6 +62,9 @@ def require_options() -> None:
             if key in parser.get():  # what is not is an option of another program, such as a server's
                 _require_key(key, typed, config)
                 _require_number(key, parser[key], config.get(key))
+    for key in (*LEAST, *ABOVE):
+        if key in parser:
+            _require_size(key, parser[key])
 
 
 def _require_key(key: str, typed: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -74,6 +81,16 @@ def _require_number(key: str, found: object, default: object) -> None:
     expression = isinstance(found, str) and found.startswith(("$", "@", "%"))
     if number and not expression and (isinstance(found, bool) or not isinstance(found, int | float | None)):
         raise ValueError(f"{key}: found {found!r}, expected a number, such as {default}")
+
+
+def _require_size(key: str, found: object) -> None:
+    if not isinstance(found, int | float):
+        return
+    if key in ABOVE and not found > ABOVE[key]:
+        raise ValueError(f"{key}: found {found}, expected a number above {ABOVE[key]}")
+    if key in LEAST and not (found >= LEAST[key] and (key not in WHOLE or float(found).is_integer())):
+        kind = "whole number" if key in WHOLE else "number"
+        raise ValueError(f"{key}: found {found}, expected a {kind}, {LEAST[key]} or more")
 
 
 def _typed(arguments: Sequence[str]) -> dict[str, str]:

@@ -12,10 +12,11 @@ from monai.bundle import scripts
 
 from image_files import write_nifti
 from tools.commands.check import check
-from tools.common.command_line import keep_text
+from tools.common.command_line import ABOVE, LEAST, WHOLE, keep_text
 from tools.common.errors import root_cause
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles/hybridmim_btcv_seg"
+PRETRAIN = BUNDLE.with_name("hybridmim_pretrain")
 READ_AS = {  # what Fire makes of a name
     "2023_01": "the int 202301",
     "1.10": "the float 1.1",
@@ -43,11 +44,12 @@ def error_of(tmp_path, monkeypatch):
     """What the start of a run says about a folder of this name; None if it is read as it was typed."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    def run(typed, folder=None, more=()):
+    def run(typed, folder=None, more=(), configs=("inference",), bundle=BUNDLE):
         if folder is not None:
             (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path)
-        line = ["run", "path", "--config_file", f"{BUNDLE}/configs/inference.yaml", "--bundle_root", str(BUNDLE)]
+        files = str([f"{bundle}/configs/{name}.yaml" for name in configs])
+        line = ["run", "path", "--config_file", files, "--bundle_root", str(bundle)]
         line += ["--logging_file", "False", "--dataset_dir", typed, *more]
         monkeypatch.setattr(sys, "argv", ["monai.bundle", *line])
         try:
@@ -111,3 +113,23 @@ def test_keys_of_the_configs_of_monai_and_of_other_options_are_taken(error_of, m
 def test_what_is_no_number_is_refused_where_the_config_has_one(error_of, typed):
     said = error_of("scans", more=["--num_workers", typed])
     assert said.startswith("num_workers: found ") and said.endswith(", expected a number, such as 0")
+
+
+@pytest.mark.parametrize("key", [*LEAST, *ABOVE])
+def test_a_number_that_is_too_small_is_named(error_of, key):
+    train = {"configs": ["train"], "bundle": PRETRAIN}
+    if key in ABOVE:
+        expected, small, enough = f"a number above {ABOVE[key]}", ABOVE[key], ABOVE[key] + 0.1
+    else:
+        expected = f"a {'whole ' * (key in WHOLE)}number, {LEAST[key]} or more"
+        small, enough = LEAST[key] - 1, LEAST[key]
+    assert error_of("scans", more=[f"--{key}", str(small)], **train) == f"{key}: found {small}, expected {expected}"
+    assert error_of("scans", more=[f"--{key}", str(enough)], **train) is None
+    half = error_of("scans", more=[f"--{key}", "1.5"], **train)
+    assert half == (f"{key}: found 1.5, expected {expected}" if key in WHOLE else None)
+
+
+def test_each_of_several_processes_refuses_what_one_does(error_of):
+    """Before they join."""
+    said = error_of("scans", more=["--epocs", "5"], configs=["train", "multi_gpu_train"])
+    assert said == "epocs: found on the command line, but in no config file; expected one of their keys: epochs?"
