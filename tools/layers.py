@@ -138,7 +138,22 @@ class FastDropout(nn.Dropout):
         dropped, count = round(self.p * 2**16), input.numel()
         bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = (bits[:count] >= dropped - 2**15).view(input.shape)
-        return input * kept * (2**16 / (2**16 - dropped))
+        return _Dropout.apply(input, kept, 2**16 / (2**16 - dropped))
+
+
+class _Dropout(torch.autograd.Function):
+    """What is kept, scaled. PyTorch's product of a number and a truth value takes twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return kept.to(image.dtype).mul_(image).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return kept.to(gradient.dtype).mul_(gradient).mul_(ctx.scale), None, None
 
 
 class FastConv3d(nn.Conv3d):
@@ -305,30 +320,30 @@ class _NormActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-        ctx.save_for_backward(image, weight, bias)
-        ctx.eps, ctx.slope = eps, slope
-        return F.leaky_relu_(F.group_norm(image, image.shape[1], weight, bias, eps), slope)
+        crops, channels, *size = image.shape
+        normed, mean, scale = torch.native_group_norm(
+            image, weight, bias, crops, channels, math.prod(size), channels, eps
+        )
+        ctx.save_for_backward(image, weight, bias, mean, scale)
+        ctx.slope = slope
+        return F.leaky_relu_(normed, slope)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # MONAI's tensors would look for the metadata of every row
-        image, weight, bias, gradient = (t.as_subclass(Tensor) for t in (*ctx.saved_tensors, gradient))
+        image, weight, bias, mean, scale, gradient = (t.as_subclass(Tensor) for t in (*ctx.saved_tensors, gradient))
         crops, channels = image.shape[:2]
         rows, gradients = image.flatten(2).flatten(0, 1), gradient.flatten(2).flatten(0, 1)
         voxels = rows.shape[1]
-        weight, bias = weight.repeat(crops)[:, None], bias.repeat(crops)[:, None]
+        weight, bias, mean, scale = weight.repeat(crops), bias.repeat(crops), mean.flatten(), scale.flatten()
         by_image, by_weight, by_bias = torch.empty_like(rows), torch.empty_like(weight), torch.empty_like(bias)
         step = max(1, 2**18 // voxels)
         for part in (slice(start, start + step) for start in range(0, len(rows), step)):
-            normed = rows[part] - rows[part].mean(1, keepdim=True)
-            scale = (normed.square().mean(1, keepdim=True) + ctx.eps).rsqrt_()
-            normed *= scale
-            before = torch.addcmul(bias[part], normed, weight[part])
+            few, centre, spread, w = rows[part], mean[part], scale[part], weight[part]
+            before = (few - centre[:, None]).mul_((spread * w)[:, None]).add_(bias[part, None])
             grad = torch.ops.aten.leaky_relu_backward(gradients[part], before, ctx.slope, False)
-            by_bias[part] = grad.sum(1, keepdim=True)
-            by_weight[part] = before.copy_(grad).mul_(normed).sum(1, keepdim=True)
-            grad.sub_(by_bias[part] / voxels).addcmul_(normed, by_weight[part] / -voxels)
-            torch.mul(grad, scale * weight[part], out=by_image[part])
+            norm = (grad[None], few[None], centre[None], spread[None], w, 1, len(few), voxels, len(few), [True] * 3)
+            by_image[part], by_weight[part], by_bias[part] = torch.ops.aten.native_group_norm_backward(*norm)
         sums = (by.view(crops, channels).sum(0) for by in (by_weight, by_bias))
         return by_image.view_as(image), *sums, None, None
 
