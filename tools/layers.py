@@ -137,7 +137,8 @@ class FastDropout(nn.Dropout):
             return super().forward(input)
         dropped, count = round(self.p * 2**16), input.numel()
         bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = (bits[:count] >= dropped - 2**15).view(input.shape)
+        strides = torch.empty_like(input, device="meta").stride()  # channels last stay so
+        kept = (bits[:count] >= dropped - 2**15).as_strided(input.shape, strides)
         return _Dropout.apply(input, kept, 2**16 / (2**16 - dropped))
 
 

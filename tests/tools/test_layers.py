@@ -295,6 +295,14 @@ def test_dropout_drops_as_often_as_asked_and_keeps_the_mean():
     assert torch.equal(layer.eval()(image), image)
 
 
+def test_dropout_leaves_channels_last():
+    """As convolutions without gradient write them; else the next one would copy them back."""
+    image = (torch.rand(2, 4, 5, 6, 7) + 1).contiguous(memory_format=layers.LAST)
+    out = FastDropout(0.5).train()(image)
+    assert out.is_contiguous(memory_format=layers.LAST)
+    torch.testing.assert_close(out[out > 0], 2 * image[out > 0])
+
+
 def test_a_part_of_the_means_changes_a_part_of_the_layers():
     network = BasicUNet(3, 1, 1, (4, 4, 4, 4, 4, 4))
     assert type(accelerate(deepcopy(network), means=[])) is BasicUNet
