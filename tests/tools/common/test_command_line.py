@@ -12,7 +12,7 @@ from monai.bundle import scripts
 
 from image_files import write_nifti
 from tools.commands.check import check
-from tools.common.command_line import ABOVE, LEAST, WHOLE, keep_text
+from tools.common.command_line import keep_text
 from tools.common.errors import root_cause
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles/hybridmim_btcv_seg"
@@ -115,18 +115,23 @@ def test_what_is_no_number_is_refused_where_the_config_has_one(error_of, typed):
     assert said.startswith("num_workers: found ") and said.endswith(", expected a number, such as 0")
 
 
-@pytest.mark.parametrize("key", [*LEAST, *ABOVE])
-def test_a_number_that_is_too_small_is_named(error_of, key):
+@pytest.mark.parametrize(
+    ("key", "small", "enough", "expected"),
+    [
+        *((key, 0, 1, "a whole number, 1 or more") for key in ("epochs", "batch_size", "crops_per_volume")),
+        ("log_interval", 0, 1, "a whole number, 1 or more"),
+        ("num_workers", -1, 0, "a whole number, 0 or more"),
+        ("seed", -1, 0, "a whole number, 0 or more"),
+        *((key, -0.5, 0, "a number, 0 or more") for key in ("warmup_epochs", "learning_rate", "weight_decay")),
+        ("clip_norm", 0, 0.1, "a number above 0"),
+    ],
+)
+def test_a_number_that_is_too_small_is_named(error_of, key, small, enough, expected):
     train = {"configs": ["train"], "bundle": PRETRAIN}
-    if key in ABOVE:
-        expected, small, enough = f"a number above {ABOVE[key]}", ABOVE[key], ABOVE[key] + 0.1
-    else:
-        expected = f"a {'whole ' * (key in WHOLE)}number, {LEAST[key]} or more"
-        small, enough = LEAST[key] - 1, LEAST[key]
     assert error_of("scans", more=[f"--{key}", str(small)], **train) == f"{key}: found {small}, expected {expected}"
     assert error_of("scans", more=[f"--{key}", str(enough)], **train) is None
     half = error_of("scans", more=[f"--{key}", "1.5"], **train)
-    assert half == (f"{key}: found 1.5, expected {expected}" if key in WHOLE else None)
+    assert half == (f"{key}: found 1.5, expected {expected}" if "whole" in expected else None)
 
 
 def test_each_of_several_processes_refuses_what_one_does(error_of):
