@@ -7,7 +7,9 @@ called: `--help` reads the text of a function from its file, because an import o
 from __future__ import annotations
 
 import ast
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -112,6 +114,9 @@ def main() -> None:
 
         from tools.common.command_line import keep_text
 
+        # MONAI looks for a decoder of GPU machines at every start; the bundles' logging.conf and train.yaml say the same
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "NvImgCodec")
         module, name = found.split(":")
         function = keep_text(getattr(import_module(module), name))
         fire.Fire(function, command=translate(found, rest), name=name)

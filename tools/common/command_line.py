@@ -27,7 +27,7 @@ MONAIS = ("initialize", "run", "finalize", *inspect.signature(run).parameters, *
 # Sizes of numbers that MONAI and PyTorch take without a word, or refuse without the key
 WHOLE = {"epochs": 1, "batch_size": 1, "crops_per_volume": 1, "log_interval": 1, "num_workers": 0, "seed": 0}
 LEAST = {**WHOLE, "warmup_epochs": 0, "learning_rate": 0, "weight_decay": 0}
-ABOVE = {"clip_norm": 0}
+ABOVE = {"clip_norm": 0, "timeout_minutes": 0}
 TEXTS = ("str", "str | None", "str | Path", "str | Path | None")  # annotations
 
 

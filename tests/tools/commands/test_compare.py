@@ -1,4 +1,7 @@
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from image_files import write_nifti
 from tools.commands.compare import compare
 from tools.data.scans import ScanError
 
+ROOT = Path(__file__).resolve().parents[3]
 CLASSES = {"left": [1], "right_one": [2]}
 
 
@@ -51,6 +55,15 @@ def test_runs_stand_side_by_side(tmp_path, scan, capsys):
     assert printed[1].split() == ["class", "scratch", "pretrained", "pretrained", "-", "scratch", "cases"]
     assert printed[-2].split() == ["mean", "0.500", "0.750", "+0.250", "2"]
     assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
+
+
+def test_the_command_says_nothing_but_the_comparison(tmp_path, scan):
+    folders = {name: run_folder(tmp_path / name, (0.5, "", 0.5), 1) for name in ("a", "b")}
+    options = {"output_dir": str(tmp_path / "out"), **scan, **folders}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    done = subprocess.run([sys.executable, "-m", "tools", "compare", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Dice over 2 case(s):")
+    assert done.stderr == ""
 
 
 def test_one_run_is_no_comparison(tmp_path, scan):

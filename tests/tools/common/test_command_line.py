@@ -123,7 +123,7 @@ def test_what_is_no_number_is_refused_where_the_config_has_one(error_of, typed):
         ("num_workers", -1, 0, "a whole number, 0 or more"),
         ("seed", -1, 0, "a whole number, 0 or more"),
         *((key, -0.5, 0, "a number, 0 or more") for key in ("warmup_epochs", "learning_rate", "weight_decay")),
-        ("clip_norm", 0, 0.1, "a number above 0"),
+        *((key, 0, 0.1, "a number above 0") for key in ("clip_norm", "timeout_minutes")),
     ],
 )
 def test_a_number_that_is_too_small_is_named(error_of, key, small, enough, expected):
