@@ -114,7 +114,7 @@ def main() -> None:
 
         from tools.common.command_line import keep_text
 
-        # MONAI looks for a decoder of GPU machines at every start; the bundles' logging.conf and train.yaml say the same
+        # MONAI looks for a decoder of GPU machines at every start; the bundles' configs keep it quiet, too
         logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", "NvImgCodec")
         module, name = found.split(":")

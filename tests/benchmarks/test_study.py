@@ -515,7 +515,8 @@ def test_a_run_with_other_settings_is_refused(begin, end):
         ({"jobs": 0}, r"jobs: found 0, expected a whole number of at least 1"),
         (
             {"preset": "large"},
-            r"preset: found 'large', expected one of smoke, laptop, headneck, headneck_coarse, headneck_gpu, gpu",
+            "preset: found 'large', expected one of smoke, laptop, headneck, headneck_coarse, headneck_short, "
+            "headneck_gpu, gpu",
         ),
     ],
 )
