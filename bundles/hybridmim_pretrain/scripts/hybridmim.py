@@ -80,8 +80,7 @@ class PretrainStep(nn.Module):
     processes may have batches of different sizes.
 
     With `views: dropout`, as published, both views show the same masked crop and differ by dropout alone, so they have
-    the mask in common, too. With `other_masks` each crop is seen under its own mask, and its decoded box under the mask
-    of its neighbour: a part has to be told from parts of other crops, at the cost of a part.
+    the mask in common, too. With `other_masks` each crop is seen under its own mask and under its neighbour's.
 
     Args:
         network_def: the network that is trained.
@@ -126,11 +125,11 @@ class PretrainStep(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         """Image [B, C, H, W, D] in (0, 1], mask bool [B, 1, P1, P2, P3] → predictions of all levels."""
         backbone = self.network_def.backbone
-        box = self.draw_box() if self.training else whole(image.shape[2:])
         # the other view first, as long as nothing is kept for the backward pass
-        other = self.other_view(image, mask, box) if self.contrastive and self.views == "other_masks" else None
+        other = self.other_view(image, mask) if self.contrastive and self.views == "other_masks" else None
         visible = self.hide(image, mask)
         features = backbone.encode(visible)
+        box = self.draw_box() if self.training else whole(image.shape[2:])
         number, location = self.network_def.perceive(features[-1])
         return Prediction(
             reconstruction=torch.sigmoid(backbone.decode(features, box)),
@@ -149,11 +148,11 @@ class PretrainStep(nn.Module):
         """Features of all levels of the masked crops."""
         return self.network_def.backbone.encode(self.hide(image, mask))
 
-    def other_view(self, image: Tensor, mask: Tensor, box: Box) -> Tensor:
-        """Bottleneck of a box of each crop under its neighbour's mask, without gradient, with dropout."""
+    def other_view(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Bottleneck of each crop under its neighbour's mask, without gradient, with dropout."""
         backbone = self.network_def.backbone
         with torch.no_grad(), dropout_active(backbone):
-            return backbone.encode(self.hide(image, another(mask), shift=-1)[..., *box])[-1]
+            return backbone.encode(self.hide(image, another(mask), shift=-1))[-1]
 
     def two_views(self, visible: Tensor, features: list[Tensor], other: Tensor | None) -> tuple[Tensor, Tensor]:
         """Two projections [N, E] of each crop; the second, of `other` or of the same, leaves the encoder alone."""
