@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.study.plan import Arm, Row, Run, chosen_rate, finetuning, grid, length, pretraining, rows, testing
+from benchmarks.study.plan import Arm, Row, Run, candidates, chosen_rate, finetuning, length, pretraining, rows, testing
 from benchmarks.study.runs import Record, folder_of, read_record
 from benchmarks.study.settings import Study
 from benchmarks.study.statistics import Estimate, estimate, first_reached, mean_difference
@@ -76,8 +76,8 @@ class Findings:
         return chosen_rate(self.study, arm, fraction, self.validation)
 
     def candidates(self, arm: Arm, fraction: float) -> dict[float, float | None]:
-        """Every rate of the grid with its best validation Dice."""
-        return {run.rate: self.validation(run.id) for run in grid(self.study, arm, fraction)}
+        """Every rate of the grid with its best validation Dice, the mean over the seeds."""
+        return candidates(self.study, arm, fraction, self.validation)
 
     def finetunings(self, arm: Arm, fraction: float) -> dict[int, str]:
         """IDs of the finished fine-tunings, by seed."""

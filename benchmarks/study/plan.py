@@ -361,10 +361,18 @@ def chosen_rate(study: Study, arm: Arm, fraction: float, validation: Validation)
     rates = study.preset.finetuning.learning_rates
     if len(rates) == 1:
         return rates[0]
-    found = {run.rate: validation(run.id) for run in grid(study, arm, fraction)}
+    found = candidates(study, arm, fraction, validation)
     if None in found.values():
         return None
     return max(sorted(found), key=lambda rate: found[rate])
+
+
+def candidates(study: Study, arm: Arm, fraction: float, validation: Validation) -> dict[float, float | None]:
+    """The mean of the best validation Dice over the seeds, by rate; None as long as a fine-tuning is missing."""
+    found: dict[float, list[float | None]] = {}
+    for run in grid(study, arm, fraction):
+        found.setdefault(run.rate, []).append(validation(run.id))
+    return {rate: None if None in dice else sum(dice) / len(dice) for rate, dice in found.items()}
 
 
 def grid(study: Study, arm: Arm, fraction: float) -> list[Run]:
@@ -374,7 +382,7 @@ def grid(study: Study, arm: Arm, fraction: float) -> list[Run]:
         return []
     at = numbers.rate_chosen_at
     where = fraction if at["label_fraction"] == "each" else at["label_fraction"]
-    return [finetuning(study, arm, where, at["seed"], rate) for rate in numbers.learning_rates]
+    return [finetuning(study, arm, where, *each) for each in product(at["seeds"], numbers.learning_rates)]
 
 
 def plan(study: Study, validation: Validation) -> list[Run]:
@@ -394,12 +402,12 @@ def _all(study: Study, validation: Validation) -> Iterator[Run]:
             if row.arm.method != "scratch":
                 yield pretraining(study, row.arm, seed)
             for fraction in row.fractions:
-                candidates = grid(study, row.arm, fraction)
-                for run in candidates:
+                tried = grid(study, row.arm, fraction)
+                for run in tried:
                     if run.needs:
                         yield pretraining(study, row.arm, run.seed)
                     yield run
                 rate = chosen_rate(study, row.arm, fraction, validation)
-                if rate is not None or (fraction, seed) not in {(run.fraction, run.seed) for run in candidates}:
-                    yield finetuning(study, row.arm, fraction, seed, rate)  # else one of the candidates is it
+                if rate is not None or (fraction, seed) not in {(run.fraction, run.seed) for run in tried}:
+                    yield finetuning(study, row.arm, fraction, seed, rate)  # else one of those is it
                 yield testing(study, row.arm, fraction, seed, rate)

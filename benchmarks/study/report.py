@@ -117,7 +117,8 @@ def _rates(findings: Findings) -> str:
     return "\n\n".join(
         [
             "## Learning rates",
-            f"Best validation Dice of each rate. Chosen at {where}, with seed {at['seed']}.",
+            f"Best validation Dice of each rate, mean over the seeds. Chosen at {where}, with seeds "
+            f"{', '.join(map(str, at['seeds']))}.",
             markdown(head, [list(line) for line in lines]),
         ]
     )

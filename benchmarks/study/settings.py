@@ -55,7 +55,7 @@ class Finetuning:
     validations: int
     warmup: float  # share of the steps
     learning_rates: list[float]
-    rate_chosen_at: dict[str, Any]  # label_fraction: a number or `each`; seed
+    rate_chosen_at: dict[str, Any]  # label_fraction: a number or `each`; seeds: of these, the mean
     options: dict[str, Any]
     steps: dict[float, int] | None = None  # by label fraction
     epochs: int | None = None  # over all labels

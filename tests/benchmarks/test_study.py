@@ -15,7 +15,18 @@ from benchmarks.study import __main__ as main
 from benchmarks.study import runs as runs_module
 from benchmarks.study import settings
 from benchmarks.study.findings import Findings
-from benchmarks.study.plan import Arm, chosen_rate, finetuning, grid, left_out, length, plan, pretraining, rows
+from benchmarks.study.plan import (
+    Arm,
+    candidates,
+    chosen_rate,
+    finetuning,
+    grid,
+    left_out,
+    length,
+    plan,
+    pretraining,
+    rows,
+)
 from benchmarks.study.report import write_report
 from benchmarks.study.runs import command, execute, folder_of, is_done, last_lines, only_study, start
 from benchmarks.study.settings import BUNDLES, METHODS, ROOT, open_study, read_preset, read_study
@@ -276,12 +287,23 @@ def test_boxes_that_do_not_fit_are_left_out(begin, tmp_path):
 
 def test_the_rate_is_the_best_on_the_validation_cases(begin):
     study = begin()
-    candidates = grid(study, HYBRIDMIM, 1.0)
-    assert [(run.rate, run.fraction, run.seed) for run in candidates] == [(0.003, 0.05, 0), (0.01, 0.05, 0)]
-    assert chosen_rate(study, HYBRIDMIM, 1.0, {candidates[0].id: 0.7}.get) is None  # until both have ended
+    tried = grid(study, HYBRIDMIM, 1.0)
+    assert [(run.rate, run.fraction, run.seed) for run in tried] == [(0.003, 0.05, 0), (0.01, 0.05, 0)]
+    assert chosen_rate(study, HYBRIDMIM, 1.0, {tried[0].id: 0.7}.get) is None  # until both have ended
     for found, expected in (((0.7, 0.8), 0.01), ((0.8, 0.7), 0.003), ((0.8, 0.8), 0.003)):
-        dice = dict(zip((run.id for run in candidates), found, strict=True))
+        dice = dict(zip((run.id for run in tried), found, strict=True))
         assert chosen_rate(study, HYBRIDMIM, 1.0, dice.get) == expected
+
+
+def test_the_rate_is_the_best_in_the_mean_over_seeds(dataset, tmp_path):
+    study = few_labels(dataset, tmp_path / "study", preset="headneck_coarse")
+    tried = grid(study, SCRATCH, 0.15)
+    assert [(run.seed, run.rate) for run in tried] == [(s, r) for s in (0, 1, 2) for r in (0.003, 0.01)]
+    dice = dict(zip((run.id for run in tried), (0.60, 0.61, 0.62, 0.63, 0.70, 0.60), strict=True))
+    assert chosen_rate(study, SCRATCH, 0.15, dice.get) == 0.003  # two of the three seeds are better at 0.01
+    assert candidates(study, SCRATCH, 0.15, dice.get)[0.01] == pytest.approx((0.61 + 0.63 + 0.60) / 3)
+    del dice[tried[4].id]
+    assert chosen_rate(study, SCRATCH, 0.15, dice.get) is None
 
 
 def test_the_gpu_preset_chooses_a_rate_for_each_label_fraction(begin):
