@@ -117,7 +117,7 @@ def _rates(findings: Findings) -> str:
     return "\n\n".join(
         [
             "## Learning rates",
-            f"Best validation Dice of each rate, mean over the seeds. Chosen at {where}, with seeds "
+            f"Best validation Dice of each rate, chosen at {where}; mean of the fine-tunings with seed "
             f"{', '.join(map(str, at['seeds']))}.",
             markdown(head, [list(line) for line in lines]),
         ]

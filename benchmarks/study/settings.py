@@ -260,13 +260,19 @@ def read_study(output_dir: str | Path) -> Study:
     """The study of a folder, with all that was ever asked of it.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or one of an earlier version.
     """
     folder = Path(output_dir).absolute()
     path = folder / STUDY
     if not path.is_file():
         raise ValueError(f"output_dir: found no {STUDY} in {folder}, expected the folder of a study")
     content = json.loads(path.read_text(encoding="utf-8"))
+    at = content["numbers"]["finetuning"]["rate_chosen_at"]
+    if "seeds" not in at:
+        raise ValueError(
+            f"{path}: found finetuning rate_chosen_at {at}, of an earlier version of the study, expected the keys "
+            "label_fraction and seeds (a list, in place of `seed`)"
+        )
     places = folder, Path(content["dataset_dir"])
     return Study(*places, content["bundle"], content["preset"], _preset(content["numbers"]), _asked(content["asked"]))
 

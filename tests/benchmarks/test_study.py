@@ -389,6 +389,7 @@ def test_the_report_has_the_numbers_of_the_runs(begin, end_all):
     assert cells(table, "without contrastive learning", "0.05") == [["—", "—", "—"]]
 
     rates = section(text, "Learning rates")
+    assert "chosen at label fraction 0.05, and used for the others; mean of the fine-tunings with seed 0." in rates
     assert cells(rates, "UNet", "HybridMIM", "") == [["0.8409", "0.8430", "0.01"]]
     assert cells(rates, "UNETR", "from scratch", "") == [["—", "—", "—"]]
     assert "152 training, 8 validation and 50 test cases" in text
@@ -550,6 +551,20 @@ def test_wrong_options(begin, options, message):
 def test_a_folder_without_a_study_has_no_report(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir: found no study\.json in .*, expected the folder of a study"):
         main.report(str(tmp_path))
+
+
+def test_a_study_of_an_earlier_version_is_named(begin):
+    study = begin()
+    path = study.output_dir / settings.STUDY
+    content = json.loads(path.read_text())
+    content["numbers"]["finetuning"]["rate_chosen_at"] = {"label_fraction": 0.05, "seed": 0}
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"study\.json: found finetuning rate_chosen_at .*'seed': 0.*, expected the keys"
+    ):
+        main.report(str(study.output_dir))
+    with pytest.raises(ValueError, match=r"the preset has changed: found finetuning rate_chosen_at seed 0"):
+        begin()
 
 
 # ------------------------------------------------------------------------------------------------------- execution
