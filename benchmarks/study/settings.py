@@ -242,7 +242,7 @@ def open_study(
     content = {"bundle": bundle, "dataset_dir": str(study.dataset_dir), "preset": preset, "numbers": numbers}
     content = json.loads(json.dumps(content))  # keys become text, as in the file
     if (folder / STUDY).is_file():
-        before = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        before = _content(folder / STUDY)
         _refuse_contradictions(folder / STUDY, before, content)
         content["asked"] = asdict(asked.and_before(_asked(before["asked"])))
     else:
@@ -260,13 +260,13 @@ def read_study(output_dir: str | Path) -> Study:
     """The study of a folder, with all that was ever asked of it.
 
     Raises:
-        ValueError: the folder holds none, or one of an earlier version.
+        ValueError: the folder holds none, a damaged one, or one of an earlier version.
     """
     folder = Path(output_dir).absolute()
     path = folder / STUDY
     if not path.is_file():
         raise ValueError(f"output_dir: found no {STUDY} in {folder}, expected the folder of a study")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _content(path)
     at = content["numbers"]["finetuning"]["rate_chosen_at"]
     if "seeds" not in at:
         raise ValueError(
@@ -275,6 +275,25 @@ def read_study(output_dir: str | Path) -> Study:
         )
     places = folder, Path(content["dataset_dir"])
     return Study(*places, content["bundle"], content["preset"], _preset(content["numbers"]), _asked(content["asked"]))
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What study.json holds.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    keys = {"bundle", "dataset_dir", "preset", "numbers", "asked"}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(
+            f"{path}: found no JSON ({error}), expected an object with {', '.join(sorted(keys))}"
+        ) from None
+    if not isinstance(content, dict) or not keys <= set(content):
+        found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: found {found or 'nothing'}, expected an object with {', '.join(sorted(keys))}")
+    return content
 
 
 def everything(study: Study) -> Study:

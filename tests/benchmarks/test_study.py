@@ -567,6 +567,21 @@ def test_a_study_of_an_earlier_version_is_named(begin):
         begin()
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("", "no JSON"), ('{"bundle"', "no JSON"), ("{}", "nothing"), ("[]", "list"), ("é", "no JSON")],
+)
+def test_a_damaged_study_is_named(begin, content, found):
+    study = begin()
+    path = study.output_dir / settings.STUDY
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"study\.json: found {found}.*, expected an object with asked, bundle, "):
+        main.report(str(study.output_dir))
+    with pytest.raises(ValueError, match=rf"study\.json: found {found}"):
+        begin()
+    assert path.read_text(encoding="latin-1") == content
+
+
 # ------------------------------------------------------------------------------------------------------- execution
 
 WORK = """
