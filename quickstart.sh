@@ -39,12 +39,13 @@ else
   quietly python -m tools sample_data --output_dir $scans --kind organs --cases 16
   quietly python -m tools datalist msd --dataset_dir $scans --output $run/cases.json --fold 0 --folds 7 --test_cases 2
   say "pre-trains a small UNet without labels"
-  # patches of 16 voxels, over which the network pools, and the region level at its published weights: of smaller ones, and
-  # at the default weights, so short a training hardly learns which are masked
+  # patches of 16 voxels, over which the network pools, and the region level as published: of smaller ones, and with the
+  # default weights and bound, so short a training hardly learns which are masked
   quietly hybridmim pretrain "${cases[@]}" --out $run "${small[@]}" --unet_features "[8,8,16,32,64,8]" \
     --spacing "[6.0,6.0,6.0]" --roi_size "[64,32,48]" \
     --region_size "[32,32,16]" --patch_size "[16,16,16]" --batch_size 2 --crops_per_volume 2 --epochs 24 \
-    --weight_num 0.1 --weight_loc 0.1 --weight_con 0.01 --learning_rate 0.01 --window "[-100,200]" --val_interval 48
+    --weight_num 0.1 --weight_loc 0.1 --weight_con 0.01 --head_gradient '$None' --learning_rate 0.01 \
+    --window "[-100,200]" --val_interval 48
 fi
 quietly python -m tools figures $run/metrics.csv $run/figures/curves.png
 

@@ -131,6 +131,7 @@ SETTINGS = [
     ({"val_fraction": 1.0}, "val_fraction: found 1.0, expected a number between 0 and 1"),
     ({"dropout_stages": [5]}, "dropout_stages must be among 0 … 4, found [5]"),
     ({"weight_num": -1}, "loss weights must be 0 or more"),
+    ({"head_gradient": "null"}, "head_gradient must be above 0, or null for no bound ('$None' on the command line)"),
     ({"temperature": 0}, "temperature must be above 0, found 0"),
     ({"resume": "maybe"}, "resume: found 'maybe', expected true, false or auto"),
 ]

@@ -117,6 +117,49 @@ def test_every_term_has_a_gradient_to_its_head_and_to_the_encoder(make):
     assert all(p.grad.abs().max() > 0 for n, p in watched.items() if n.endswith("weight"))
 
 
+@pytest.mark.parametrize(("make", "bound"), [(unet, None), (unet, 0.5), (unet, 1e9), (swin, 0.5)])
+def test_the_heads_push_the_encoder_no_harder_than_their_bound(make, bound, monkeypatch):
+    backbone, geometry = make(dropout=0.0)
+    network = HybridMIM(backbone, geometry)
+    image, mask = batch_of(geometry)
+    encode, bottlenecks = backbone.encode, []
+
+    def watched(image):
+        features = encode(image)
+        if features[-1].requires_grad:
+            features[-1].retain_grad()
+            bottlenecks.append(features[-1])
+        return features
+
+    monkeypatch.setattr(backbone, "encode", watched)
+
+    def gradients(head_gradient, **terms):
+        """Of the bottleneck, and of every weight."""
+        network.zero_grad()
+        step = PretrainStep(network, geometry, decode_box=(0, 0, 0), head_gradient=head_gradient).train()
+        HybridMIMLoss(**terms)(step(image, mask), image, mask)["loss"].backward()
+        weights = [(n, p) for n, p in network.named_parameters() if n.endswith("weight")]  # a bias before a norm: 0
+        return bottlenecks.pop().grad, {name: weight.grad.clone() for name, weight in weights}
+
+    pixel, by_pixel = gradients(None, weight_num=0, weight_loc=0, weight_con=0, weight_cl=0)
+    heads, by_heads = gradients(None, weight_pr=0)
+    scale = 0.5 * float(pixel.norm() / heads.norm()) if bound == 0.5 else 1.0
+    assert scale <= 1
+    found, by_name = gradients(bound)
+    torch.testing.assert_close(found, pixel + scale * heads, rtol=1e-3, atol=1e-3 * float(pixel.norm()))
+    for name, gradient in by_name.items():
+        share = scale if name.startswith("backbone") else 1.0  # the heads learn from all of it
+        expected = by_pixel[name] + share * by_heads[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, "half"])
+def test_a_bound_that_is_none_is_refused(bound):
+    backbone, geometry = unet()
+    with pytest.raises(ValueError, match=r"head_gradient must be above 0, or null for no bound .*; found"):
+        PretrainStep(HybridMIM(backbone, geometry), geometry, head_gradient=bound)
+
+
 @BOTH
 def test_the_region_heads_see_their_own_region(make):
     backbone, geometry = make()

@@ -117,6 +117,15 @@ def test_the_published_weights_of_the_terms(parse):
     assert weights == {"loss_pr": 1.0, "loss_num": 0.1, "loss_loc": 0.1, "loss_con": 0.01, "loss_cl": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("overlays", "options", "bound"), [([], {}, 1.0), (["published"], {}, None), ([], {"weight_pr": 0.0}, None)]
+)
+def test_the_bound_on_what_the_heads_ask_of_the_encoder(parse, overlays, options, bound):
+    """None as published, and where there is no gradient of the pixel level to compare with."""
+    step = parse(["train", *overlays], **TINY, **options).get_parsed_content("step")
+    assert step.head_gradient == bound
+
+
 # ------------------------------------------------------------------------------------------- one short training
 
 EPOCHS, WARMUP, RATE, CLIP = 4, 1, 0.002, 0.05

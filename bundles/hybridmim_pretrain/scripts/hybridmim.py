@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,22 @@ class HybridMIM(NamesOverlays):
         return self.projection(pooled(bottleneck))
 
 
+class _BoundedHeads(torch.autograd.Function):
+    """The same features for the decoder and for the heads, whose gradients meet here on their way to the encoder."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        ctx.limit = limit
+        return features.view_as(features), features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, decoder: Tensor, heads: Tensor) -> tuple[Tensor, None]:
+        of_decoder, of_heads = (gradient.float().norm() for gradient in (decoder, heads))
+        smallest = torch.finfo(torch.float32).tiny
+        scale = (ctx.limit * of_decoder / of_heads.clamp(min=smallest)).clamp(max=1)
+        return decoder + heads * scale.to(heads.dtype), None
+
+
 class PretrainStep(nn.Module):
     """One step of HybridMIM: masks crops and predicts at all three levels.
 
@@ -91,10 +108,13 @@ class PretrainStep(nn.Module):
         mask_fill: what stands in masked voxels, of `MASK_FILLS`.
         views: how the two views differ, of `VIEWS`.
         crops_per_volume: crops of one scan that follow each other in a batch, for `mask_fill: foreign`.
+        head_gradient: upper bound of the norm of the gradient that the region and the sample level together send from
+            the bottleneck into the encoder, in units of that of the pixel level in the same step; None: no bound.
+            The heads themselves learn from their whole gradient.
 
     Raises:
-        ValueError: `decode_box` is neither `random` nor three numbers, is not aligned, or exceeds the crop; or
-            `mask_fill` or `views` is unknown.
+        ValueError: `decode_box` is neither `random` nor three numbers, is not aligned, or exceeds the crop;
+            `mask_fill` or `views` is unknown; or `head_gradient` is not above 0.
     """
 
     images_per_crop = 1  # number of images per crop in a batch
@@ -108,6 +128,7 @@ class PretrainStep(nn.Module):
         mask_fill: str = "zero",
         views: str = "dropout",
         crops_per_volume: int = 1,
+        head_gradient: float | None = None,
     ) -> None:
         super().__init__()
         self.network_def = network_def
@@ -119,6 +140,10 @@ class PretrainStep(nn.Module):
             raise ValueError(f"views: found {views!r}, expected one of {', '.join(VIEWS)}")
         self.views = views
         self.crops_per_volume = crops_per_volume
+        if head_gradient is not None and not (isinstance(head_gradient, int | float) and head_gradient > 0):
+            expected = "above 0, or null for no bound ('$None' on the command line)"
+            raise ValueError(f"head_gradient must be {expected}; found {head_gradient!r}")
+        self.head_gradient = head_gradient
         self.has_unused_parameters = not contrastive  # the projection
         self._check_decode_box()
 
@@ -129,14 +154,17 @@ class PretrainStep(nn.Module):
         other = self.other_view(image, mask) if self.contrastive and self.views == "other_masks" else None
         visible = self.hide(image, mask)
         features = backbone.encode(visible)
+        bottleneck = features[-1]
+        if self.head_gradient is not None:
+            features[-1], bottleneck = _BoundedHeads.apply(bottleneck, self.head_gradient)
         box = self.draw_box() if self.training else whole(image.shape[2:])
-        number, location = self.network_def.perceive(features[-1])
+        number, location = self.network_def.perceive(bottleneck)
         return Prediction(
             reconstruction=torch.sigmoid(backbone.decode(features, box)),
             box=box,
             number=number,
             location=location,
-            views=self.two_views(visible, features, other) if self.contrastive else None,
+            views=self.two_views(visible, [*features[:-1], bottleneck], other) if self.contrastive else None,
             visible=visible,
         )
 
