@@ -148,8 +148,7 @@ class FeatureStudy:
             tqdm.write(
                 f"WARNING: the encoder has become a code of the mask: of the variance of its features at 1/{stride}, "
                 f"{share:.0%} follows the masks and {scan:.0%} the scans. Pre-training is for features of anatomy: "
-                "take views: other_masks, a lower head_gradient, or mask_fill: foreign, so that masked patches have no "
-                "value of their own"
+                "take views: other_masks, and a lower head_gradient (the default is 1)"
             )
 
     def _draw(self, validator: Engine, image: Tensor) -> None:
