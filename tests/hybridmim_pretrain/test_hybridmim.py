@@ -155,8 +155,8 @@ def test_the_heads_push_the_encoder_no_harder_than_their_bound(make, bound, monk
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("bound", [0, -1.0, "half"])
-def test_a_bound_that_is_none_is_refused(bound):
+@pytest.mark.parametrize("bound", [0, -1.0, float("inf"), float("nan"), True, "half"])
+def test_an_impossible_bound_is_refused(bound):
     backbone, geometry = unet()
     with pytest.raises(ValueError, match=r"head_gradient must be above 0, or null for no bound .*; found"):
         PretrainStep(HybridMIM(backbone, geometry), geometry, head_gradient=bound)

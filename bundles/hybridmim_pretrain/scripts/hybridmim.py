@@ -10,6 +10,7 @@ as in the figure.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -140,7 +141,8 @@ class PretrainStep(nn.Module):
             raise ValueError(f"views: found {views!r}, expected one of {', '.join(VIEWS)}")
         self.views = views
         self.crops_per_volume = crops_per_volume
-        if head_gradient is not None and not (isinstance(head_gradient, int | float) and head_gradient > 0):
+        number = isinstance(head_gradient, int | float) and not isinstance(head_gradient, bool)
+        if head_gradient is not None and not (number and 0 < head_gradient < math.inf):
             expected = "above 0, or null for no bound ('$None' on the command line)"
             raise ValueError(f"head_gradient must be {expected}; found {head_gradient!r}")
         self.head_gradient = head_gradient
