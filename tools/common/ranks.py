@@ -49,14 +49,32 @@ def join_processes(timeout_minutes: float) -> None:
 
 
 def leave_processes() -> None:
-    """Wait for all processes, then end `torch.distributed`."""
+    """Wait for all processes, then end `torch.distributed`; the first, whose process may hold the store, leaves last.
+
+    They wait in the store, not in a barrier: gloo's thread may still drop what belongs to its last collective when
+    Python ends, and the process then aborts ("terminate called without an active exception"; seen on busy machines).
+    """
     global _watch
-    dist.barrier()  # without it, runs on a busy machine aborted at the very end
+    _wait_in_store("is ready to leave")
     if _watch is not None:
         _watch.ended.set()
         _watch.join()
         _watch = None
+    _wait_in_store("leaves", only=0)
     dist.destroy_process_group()
+
+
+def _wait_in_store(word: str, only: int | None = None) -> None:
+    """Say the word, and wait until all processes have said it; with `only`, one process alone waits."""
+    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
+    store.set(f"{rank} {word}", "")
+    if only not in (None, rank):
+        return
+    keys = [f"{other} {word}" for other in range(size)]
+    while True:
+        time.sleep(0.1)  # at least once, without the lock of the interpreter, which gloo's thread needs
+        if store.check(keys):
+            break
 
 
 def mark_step(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Two processes (gloo): work in shares that outlasts the time-out of collectives, and one that hangs."""
+"""Two processes (gloo): work in shares that outlasts the time-out of collectives, the end, and one that hangs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def work(items):
     return [item * item for item in items]
 print(in_shares(work, range(5)), in_shares(work, [7]), flush=True)
 leave_processes()
+"""
+
+LEAVES = """
+import time, torch, torch.distributed as dist
+from tools.common.ranks import join_processes, leave_processes
+join_processes(1)
+dist.all_reduce(torch.ones(1))
+time.sleep(2 * (dist.get_rank() == LATE))
+came = time.time()
+leave_processes()
+assert not dist.is_initialized()
+print(came, time.time())
 """
 
 HANGS = """
@@ -61,6 +73,14 @@ def test_shares_may_take_longer_than_collectives(two):
     for process in two(SHARES):
         out, err = process.communicate(timeout=120)
         assert out == "[0, 1, 4, 9, 16] [49]\n", err
+
+
+@pytest.mark.parametrize("late", [0, 1])  # the first holds the store
+def test_no_process_leaves_before_all_are_ready(two, late):
+    said = [process.communicate(timeout=120) for process in two(LEAVES.replace("LATE", str(late)))]
+    assert not any(err for _, err in said), said
+    (came, _), (_, left) = (map(float, said[rank][0].split()) for rank in (late, 1 - late))
+    assert came < left
 
 
 @pytest.mark.parametrize(
