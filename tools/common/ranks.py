@@ -55,26 +55,25 @@ def leave_processes() -> None:
     Python ends, and the process then aborts ("terminate called without an active exception"; seen on busy machines).
     """
     global _watch
-    _wait_in_store("is ready to leave")
-    if _watch is not None:
+    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
+    store.set(f"ready {rank}", "")
+    _wait_for_keys(store, [f"ready {other}" for other in range(size)])
+    if rank == 0 and size > 1:
+        _wait_for_keys(store, [f"left {other}" for other in range(1, size)])
+    if _watch is not None:  # until here it ends this process if another one dies
         _watch.ended.set()
         _watch.join()
         _watch = None
-    _wait_in_store("leaves", only=0)
+    if rank > 0:
+        store.set(f"left {rank}", "")
     dist.destroy_process_group()
 
 
-def _wait_in_store(word: str, only: int | None = None) -> None:
-    """Say the word, and wait until all processes have said it; with `only`, one process alone waits."""
-    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
-    store.set(f"{rank} {word}", "")
-    if only not in (None, rank):
-        return
-    keys = [f"{other} {word}" for other in range(size)]
+def _wait_for_keys(store: dist.Store, keys: list[str]) -> None:
     while True:
         time.sleep(0.1)  # at least once, without the lock of the interpreter, which gloo's thread needs
         if store.check(keys):
-            break
+            return
 
 
 def mark_step(text: str) -> None:

@@ -33,6 +33,15 @@ assert not dist.is_initialized()
 print(came, time.time())
 """
 
+DIES = """
+import os, signal, torch.distributed as dist
+from tools.common.ranks import join_processes, leave_processes
+join_processes(0.05)  # 3 s
+if dist.get_rank() == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+leave_processes()
+"""
+
 HANGS = """
 import os, signal, time, torch, torch.distributed as dist
 from tools.common.ranks import join_processes, mark_step
@@ -81,6 +90,13 @@ def test_no_process_leaves_before_all_are_ready(two, late):
     assert not any(err for _, err in said), said
     (came, _), (_, left) = (map(float, said[rank][0].split()) for rank in (late, 1 - late))
     assert came < left
+
+
+def test_one_that_dies_at_the_end_is_not_waited_for(two):
+    first, _ = two(DIES)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert "rank 1 hangs for 0.05 minutes (timeout_minutes):" in err
 
 
 @pytest.mark.parametrize(
