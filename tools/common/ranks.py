@@ -100,10 +100,9 @@ def in_shares(work: Callable[[list[Any]], list[Any]], items: Sequence[Any]) -> l
     # pickles of this run's own processes, as those that torch's collectives for objects exchange
     store.set(f"share {_shared} {rank}", pickle.dumps(work(list(items[rank::size]))))
     results: list[Any] = [None] * len(items)
-    for other in range(size):
-        key = f"share {_shared} {other}"
-        while not store.check([key]):
-            time.sleep(0.2)
+    keys = [f"share {_shared} {other}" for other in range(size)]
+    _wait_for_keys(store, keys)
+    for other, key in enumerate(keys):
         results[other::size] = pickle.loads(store.get(key))
     return results
 

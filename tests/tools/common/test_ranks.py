@@ -94,7 +94,7 @@ def test_no_process_leaves_before_all_are_ready(two, late):
 
 def test_one_that_dies_at_the_end_is_not_waited_for(two):
     first, _ = two(DIES)
-    _, err = first.communicate(timeout=120)
+    _, err = first.communicate(timeout=60)
     assert first.returncode == 1
     assert "rank 1 hangs for 0.05 minutes (timeout_minutes):" in err
 
