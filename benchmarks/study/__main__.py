@@ -54,7 +54,7 @@ def study(
         dataset_dir: a labelled data set in the layout of the bundle.
         output_dir: folder of the study.
         preset: of benchmarks/study/presets.yaml: smoke, laptop, headneck, headneck_coarse, headneck_short,
-            headneck_long, headneck_gpu or gpu.
+            headneck_long, headneck_swin, headneck_gpu or gpu.
         bundle: hippocampus, btcv, brats, liver or spleen; by default the preset's.
         methods: of scratch, simclr, simmim, mae, hybridmim; by default all that the preset has. Scratch is always
             among them, because the others are compared with it.

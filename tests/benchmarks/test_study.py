@@ -539,7 +539,7 @@ def test_a_run_with_other_settings_is_refused(begin, end):
         (
             {"preset": "large"},
             "preset: found 'large', expected one of smoke, laptop, headneck, headneck_coarse, headneck_short, "
-            "headneck_long, headneck_gpu, gpu",
+            "headneck_long, headneck_swin, headneck_gpu, gpu",
         ),
     ],
 )

@@ -44,8 +44,9 @@ INFERENCE_KEYS = {
 # what inference must do as training did
 SHARED_KEYS = {
     *("roi_size", "region_size", "patch_size", "decode_size", "mask_ratio", "mask_scheme", "mask_fill"),
-    *("in_channels", "stride", "unet_features", "swin_feature_size", "swin_use_v2", "vit_hidden_size"),
+    *("in_channels", "stride", "unet_features", "swin_feature_size", "swin_window_size", "swin_use_v2"),
     *(
+        "vit_hidden_size",
         "vit_mlp_size",
         "vit_heads",
         "mae_decoder_size",

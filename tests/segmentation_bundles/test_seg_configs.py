@@ -143,6 +143,13 @@ def test_metadata_agrees_with_the_network(name, parse):
 
 
 @pytest.mark.parametrize("run", ["train", "inference"])
+def test_a_key_sets_the_window_of_attention(parse, run):
+    config = parse("btcv", [run, "swin_unetr"], swin_feature_size=12, swin_window_size=4)
+    attention = config.get_parsed_content("network_def").swinViT.layers1[0].blocks[0].attn
+    assert tuple(attention.window_size) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("run", ["train", "inference"])
 def test_a_key_builds_the_second_version_of_swin_unetr(parse, run):
     for asked, has in (("true", True), ("false", False)):
         network = parse("btcv", [run, "swin_unetr"], swin_feature_size=12, swin_use_v2=asked).get_parsed_content(

@@ -419,6 +419,7 @@ def build(network: Mapping[str, Any], channels: int, outputs: int, side: int) ->
             in_channels=channels,
             out_channels=outputs,
             feature_size=network["swin_feature_size"],
+            window_size=network.get("swin_window_size", 7),
             use_v2=network.get("swin_use_v2", False),
         )
     return UNETR(

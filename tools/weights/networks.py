@@ -41,8 +41,10 @@ def describe_network(network: nn.Module | Mapping[str, Tensor]) -> dict[str, Any
 
 def _sizes(kind: str, shapes: Mapping[str, Any], network: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
     if kind == "SwinUNETR":
+        offsets = shapes["swinViT.layers1.0.blocks.0.attn.relative_position_bias_table"][0]  # (2 · window − 1)³
         return {
             "swin_feature_size": shapes[NETWORKS[kind]][0],
+            "swin_window_size": round(offsets ** (1 / 3) + 1) // 2,
             "swin_use_v2": any(name.startswith("swinViT.layers1c.") for name in shapes),
         }
     if kind == "UNet":
@@ -69,7 +71,7 @@ def network_text(network: Mapping[str, Any]) -> str:
 def is_other_encoder(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether the encoders differ in what shapes of tensors need not show: the kind, the version, or the heads."""
     kinds = {ENCODERS.get(network["name"], network["name"]) for network in (found, expected)}
-    return len(kinds) > 1 or not {"vit_heads", "swin_use_v2"}.isdisjoint(different(found, expected))
+    return len(kinds) > 1 or not {"vit_heads", "swin_use_v2", "swin_window_size"}.isdisjoint(different(found, expected))
 
 
 def different(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:

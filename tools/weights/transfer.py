@@ -509,7 +509,8 @@ def _require(report: TransferReport, min_fraction: float, adjustable: bool = Tru
         if other:
             raise WeightsError(
                 f"{report.source}; {len(other)} tensors of its encoder have another shape ({other[0].name}: "
-                f"{other[0].why}), so that its features would be others: expected the same widths and heads"
+                f"{other[0].why}), so that its features would be others: expected the same widths and "
+                "heads, and windows of attention (SwinUNETR: `--swin_window_size`)"
             )
         return
     missing = [tensor for tensor in report.tensors if tensor.asked and tensor.fate == "left out"]

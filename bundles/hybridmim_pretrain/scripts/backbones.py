@@ -114,15 +114,28 @@ class SwinUNETRBackbone(SwinUNETR):
         feature_size: channels of the first stage, a multiple of 12.
         dropout: dropout probability after the patch embedding and in the transformer blocks.
         use_v2: SwinUNETR v2, with a convolution before each stage of the encoder.
+        window_size: tokens per side of a window of attention.
     """
 
     stride = 32
     level_strides = (1, 2, 4, 8, 16, 32)
 
     def __init__(
-        self, in_channels: int = 1, feature_size: int = 48, dropout: float = 0.1, use_v2: bool = False
+        self,
+        in_channels: int = 1,
+        feature_size: int = 48,
+        dropout: float = 0.1,
+        use_v2: bool = False,
+        window_size: int = 7,
     ) -> None:
-        super().__init__(in_channels, in_channels, feature_size=feature_size, drop_rate=dropout, use_v2=use_v2)
+        super().__init__(
+            in_channels,
+            in_channels,
+            window_size=window_size,
+            feature_size=feature_size,
+            drop_rate=dropout,
+            use_v2=use_v2,
+        )
         self.bottleneck_channels = 16 * feature_size
 
     @property

@@ -55,14 +55,16 @@ def saved(path, network, described=None):
 
 
 VIT = {"in_channels": 1, "vit_hidden_size": 24, "vit_mlp_size": 36, "vit_heads": 2}
-SWIN = {"swin_feature_size": 24, "swin_use_v2": False}
-SWIN_V2 = {"swin_feature_size": 24, "swin_use_v2": True}
+SWIN = {"swin_feature_size": 24, "swin_window_size": 7, "swin_use_v2": False}
+SWIN_4 = {**SWIN, "swin_window_size": 4}
+SWIN_V2 = {**SWIN, "swin_use_v2": True}
 DESCRIBED = [
     (unet(3), {"name": "UNet", "in_channels": 3, "unet_features": FEATURES}),
     (UNetBackbone(2, FEATURES), {"name": "UNet", "in_channels": 2, "unet_features": FEATURES}),
     (HybridMIM(UNetBackbone(1, FEATURES), GEOMETRY), {"name": "UNet", "in_channels": 1, "unet_features": FEATURES}),
     (SwinUNETR(4, 2, feature_size=24), {"name": "SwinUNETR", "in_channels": 4, **SWIN}),
     (SwinUNETR(4, 2, feature_size=24, use_v2=True), {"name": "SwinUNETR", "in_channels": 4, **SWIN_V2}),
+    (SwinUNETR(4, 2, feature_size=24, window_size=4), {"name": "SwinUNETR", "in_channels": 4, **SWIN_4}),
     (vit(), {"name": "ViT", **VIT}),
     (unetr(), {"name": "UNETR", "unetr_feature_size": 6, **VIT}),
     (torch.nn.Linear(1, 1), {"name": "Linear"}),
@@ -100,6 +102,15 @@ def test_other_sizes_are_refused_with_the_options_that_fit(tmp_path):
         with pytest.raises(WeightsError, match=r'--unet_features "\[8, 8, 8, 8, 16, 8\]"'):
             into()
     load_pretrained(unet(features=[8, 8, 8, 8, 16, 4]), path)  # the encoder is the same
+
+
+def test_other_windows_of_attention_are_refused(tmp_path):
+    path = saved(tmp_path / "backbone.pt", SwinUNETRBackbone(1, 12, window_size=4))
+    for into in (load_pretrained, lambda network, file: check_weights(file, network)):
+        with pytest.raises(WeightsError, match=r'--swin_window_size "4"'):
+            into(SwinUNETR(1, 1, feature_size=12), path)
+    fitting = SwinUNETR(1, 2, feature_size=12, window_size=4)
+    assert load_pretrained(fitting, path).report.filled
 
 
 def test_other_heads_of_a_vit_are_refused_which_no_tensor_shows(tmp_path):

@@ -447,8 +447,9 @@ def swin_with(**options):
             lambda: swin_with(num_heads=(3, 6, 12, 12)),
             "tensors of its encoder have another shape .*relative_position",
         ),
+        (lambda: swin_with(window_size=4), "tensors of its encoder have another shape .*--swin_window_size"),
     ],
-    ids=["v2", "depth", "heads"],
+    ids=["v2", "depth", "heads", "window"],
 )
 def test_an_encoder_that_computes_something_else_is_refused(tmp_path, make, words):
     """Almost all of its tensors fit, so that it would count as filled."""
