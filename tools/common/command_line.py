@@ -25,7 +25,8 @@ from tools.common.calling_parser import calling_parser
 PATHS = ("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_dir", "ckpt_path", "cache_dir", "pretrained")
 MONAIS = ("initialize", "run", "finalize", *inspect.signature(run).parameters, *DEFAULT_MLFLOW_SETTINGS["configs"])
 # Sizes of numbers that MONAI and PyTorch take without a word, or refuse without the key
-WHOLE = {"epochs": 1, "batch_size": 1, "crops_per_volume": 1, "log_interval": 1, "num_workers": 0, "seed": 0}
+COUNTS = ("epochs", "batch_size", "crops_per_volume", "log_interval", "swin_window_size")
+WHOLE = {**dict.fromkeys(COUNTS, 1), "num_workers": 0, "seed": 0}
 LEAST = {**WHOLE, "warmup_epochs": 0, "learning_rate": 0, "weight_decay": 0}
 ABOVE = {"clip_norm": 0, "timeout_minutes": 0}
 TEXTS = ("str", "str | None", "str | Path", "str | Path | None")  # annotations

@@ -118,7 +118,7 @@ def test_what_is_no_number_is_refused_where_the_config_has_one(error_of, typed):
 @pytest.mark.parametrize(
     ("key", "small", "enough", "expected"),
     [
-        *((key, 0, 1, "a whole number, 1 or more") for key in ("epochs", "batch_size", "crops_per_volume")),
+        *((key, 0, 1, "a whole number, 1 or more") for key in ("epochs", "batch_size", "swin_window_size")),
         ("log_interval", 0, 1, "a whole number, 1 or more"),
         ("num_workers", -1, 0, "a whole number, 0 or more"),
         ("seed", -1, 0, "a whole number, 0 or more"),
