@@ -287,4 +287,5 @@ def test_the_snippets_load_a_backbone_into_the_monai_network(overlays: list[str]
 def test_the_snippet_has_the_default_sizes():
     config = read(ROOT / "bundles/hybridmim_pretrain/configs/train.yaml")
     assert f"features = {tuple(config['unet_features'])}" in SNIPPETS
-    assert f"feature_size = {config['swin_feature_size']}" in SNIPPETS
+    for key in ("feature_size", "window_size"):
+        assert f"\n{key} = {config[f'swin_{key}']} " in SNIPPETS
