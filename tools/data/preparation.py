@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.transforms import (
     NormalizeIntensityd,
     ScaleIntensityRanged,
@@ -25,6 +27,7 @@ from tools.data.transforms import Above, Nonzero
 ORIENTATION = "RAS"  # of the bundles' configs
 TRAINING = ("own", "as_pretrained")
 INFERENCE = ("as_trained", "own")
+ABOVE_MASKS = 0.001  # the least intensity in pre-training, whose masked voxels are 0
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,18 @@ def _require_numbers(key: str, values: Any, count: int) -> list[float]:
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What differs, as (what, here, there)."""
-    texts = {"spacing": _spacing_text, "intensity": _intensity_text}
-    return [(key, f(here[key]), f(there[key])) for key, f in texts.items() if here[key] != there[key]]
+    compared = {"spacing": (_spacing_text, eq), "intensity": (_intensity_text, _same_image)}
+    return [
+        (key, text(here[key]), text(there[key]))
+        for key, (text, same) in compared.items()
+        if not same(here[key], there[key])
+    ]
+
+
+def _same_image(here: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
+    """Whether intensities are scaled alike but for the little by which pre-training keeps them above 0, its masks."""
+    ends = [scaling.get("to", ()) for scaling in (here, there)]
+    return {**here, "to": ()} == {**there, "to": ()} and np.allclose(*ends, rtol=0, atol=ABOVE_MASKS)
 
 
 def _text(plain: Mapping[str, Any]) -> str:

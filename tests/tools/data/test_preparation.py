@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def test_own_values_stay_and_differences_are_told_with_both(tmp_path):
 
 def test_what_is_the_same_is_no_difference(tmp_path):
     assert [name for name, _ in training(weights_of(tmp_path, OWN)).lines] == ["preparation"]
+
+
+@pytest.mark.parametrize(("least", "most", "told"), [(0.001, 1.0, 0), (0.01, 1.0, 1), (0.0, 0.9, 1)])
+def test_what_keeps_intensities_above_the_masks_of_pre_training_is_no_difference(tmp_path, least, most, told):
+    before = replace(OWN, intensity=ScaleIntensityRanged("image", -175, 250, least, most, clip=True))
+    lines = training(weights_of(tmp_path, before)).lines
+    assert [text.split(":")[0] for name, text in lines if name == "WARNING"] == ["intensity"] * told
 
 
 @pytest.mark.parametrize("lacking", ["weights", "card"])
