@@ -71,7 +71,7 @@ def network_text(network: Mapping[str, Any]) -> str:
 def is_other_encoder(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Whether the encoders differ in what shapes of tensors need not show: the kind, the version, or the heads."""
     kinds = {ENCODERS.get(network["name"], network["name"]) for network in (found, expected)}
-    return len(kinds) > 1 or not {"vit_heads", "swin_use_v2", "swin_window_size"}.isdisjoint(different(found, expected))
+    return len(kinds) > 1 or not {"vit_heads", "swin_use_v2"}.isdisjoint(different(found, expected))
 
 
 def different(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
