@@ -46,17 +46,21 @@ class SignalsEndTheProcess:
         self.first = first
         self.before: dict[int, Any] = {}
         self.process = 0
+        self.stderr = 2
 
     def start(self) -> None:
         """From now on; in the main thread, because Python allows it no other one."""
         if threading.current_thread() is threading.main_thread() and not self.before:
             self.process = os.getpid()
+            self.stderr = os.dup(2)  # descriptor 2 itself is held back while a scan is read
             self.before = {number: signal.signal(number, self._end) for number in SIGNALS}
 
     def stop(self) -> None:
         """As it was before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before:
+            os.close(self.stderr)
         self.before = {}
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
@@ -65,7 +69,7 @@ class SignalsEndTheProcess:
             os.kill(os.getpid(), number)
             return
         said = f"\n{signal.Signals(number).name}: interrupted while no step was under way: the same command goes on\n"
-        os.write(2, said.encode())  # a print could have been interrupted
+        os.write(self.stderr, said.encode())  # a print could have been interrupted
         self.first()
         for worker in multiprocessing.active_children():
             worker.kill()  # do not wait for the scans that they are reading

@@ -242,3 +242,22 @@ def test_a_forked_process_is_ended_by_a_signal_without_a_word(capfd):
         signals.stop()
     assert child.exitcode == -signal.SIGTERM
     assert "interrupted" not in capfd.readouterr().err and ended == []
+
+
+WHILE_READING = """
+import os, signal
+from tools.data import reading
+from tools.training.checkpointing import SignalsEndTheProcess
+
+SignalsEndTheProcess(lambda: None).start()
+with reading._held_back():
+    os.write(2, b"of the library that reads")
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_while_a_scan_is_read_is_told():
+    """What the reading library writes to descriptor 2 is held back, and was the last word of the run with it."""
+    done = subprocess.run([sys.executable, "-c", WHILE_READING], capture_output=True, text=True, timeout=100)
+    assert done.returncode == INTERRUPTED
+    assert done.stderr.strip() == "SIGTERM: interrupted while no step was under way: the same command goes on"

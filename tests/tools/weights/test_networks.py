@@ -249,7 +249,7 @@ SMALL = [16, 16, 32, 64, 128, 16]  # unet_features of small.yaml
         (lambda: unet(1, 3, SMALL), f"These weights have unet_features {SMALL}: add small.yaml"),
         (
             lambda: SwinUNETR(1, 3, feature_size=12),
-            "These weights have swin_feature_size 12: add swin_unetr.yaml, small.yaml",
+            "These weights have swin_feature_size 12, swin_window_size 7: add swin_unetr.yaml, small.yaml",
         ),
         (lambda: unet(1, 3, [8, 8, 8, 8, 16, 8]), "Choose the overlays and sizes that the checkpoint was trained with"),
     ],
