@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser
 
+from tools.common.ranks import leave_processes
 from tools.common.text import bytes_text
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles/hybridmim_pretrain"
@@ -70,8 +71,7 @@ def child(overlays: Sequence[str], crops: int, steps: int, gathered: bool, overr
     if not several or dist.get_rank() == 0:
         print(json.dumps({"seconds": statistics.median(seconds), **{k: v // (steps + 1) for k, v in sent.items()}}))
     if several:
-        dist.barrier()
-        dist.destroy_process_group()
+        leave_processes()
 
 
 def _count(network: torch.nn.Module, sent: dict[str, int], steps: int) -> None:

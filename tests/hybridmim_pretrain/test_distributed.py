@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tools.common.tables import read_metrics
+from tools.weights.training_checkpoints import newest_checkpoint
 
-from .bundle import BUNDLE, TINY, config_files, hounsfield, save_nifti
+from .bundle import BUNDLE, ROOT, TINY, config_files, hounsfield, places, save_nifti
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 EPOCHS = 2
@@ -134,3 +141,33 @@ def test_metrics_are_reduced_over_the_processes(trained, workflow, ct_scans, tmp
     for name in ("masked_mse", "mean_mse", "psnr", "number_accuracy", "number_majority", "location_auroc"):
         assert float(best[f"val_{name}"]) == pytest.approx(float(alone[name]), rel=1e-4), name
     assert float(best["val_retrieval_chance"]) == pytest.approx(1 / 3, rel=1e-4)  # four views of two crops
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process there")
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(ct_scans, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = {**TINY, **places(tmp_path), "dataset_dir": ct_scans, "epochs": 1000, "val_interval": 1000}
+    line = [sys.executable, "-m", "monai.bundle", "run", "training"]
+    line += ["--config_file", str(config_files(["train", "small", "multi_gpu_train"]))]
+    line += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    two = [
+        subprocess.Popen(line, cwd=ROOT, env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in "01"
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(tmp_path / "out/metrics.csv")) < 2:
+            assert all(process.poll() is None for process in two) and time.monotonic() < deadline
+            time.sleep(0.05)
+        two[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in two]
+    finally:
+        for process in two:
+            process.kill()
+    assert [process.returncode for process in two] == [75, 75], said
+    written = newest_checkpoint(tmp_path / "models")
+    assert [f"; {written} is written" in text for text in said] == [True, False]

@@ -52,7 +52,8 @@ def leave_processes() -> None:
     """Wait for all processes, then end `torch.distributed`; the first, whose process may hold the store, leaves last.
 
     They wait in the store, not in a barrier: gloo's thread may still drop what belongs to its last collective when
-    Python ends, and the process then aborts ("terminate called without an active exception"; seen on busy machines).
+    Python ends, or drops the group with its last DDP network; the process then aborts ("terminate called without an
+    active exception") or waits for ever (both seen on busy machines).
     """
     global _watch
     store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from tools.common.files import remove_leftovers
+from tools.common.ranks import leave_processes
 from tools.training.handlers import RunEvents
 from tools.weights.training_checkpoints import remove_old, save_checkpoint
 
@@ -239,8 +240,7 @@ class SaveCheckpoints:
                 flush=True,
             )
         if idist.get_world_size() > 1:
-            dist.barrier(group=self.group)
-            dist.destroy_process_group()
+            leave_processes()
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the next line as an error
         for worker in multiprocessing.active_children():
