@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from monai.transforms import NormalizeIntensityd, ScaleIntensityRanged, ScaleIntensityRangePercentilesd
 
 from tools.common.cards import CardError, save_weights
-from tools.data.preparation import Preparation, prepare_as_trained, prepare_training
+from tools.data.preparation import ABOVE_MASKS, Preparation, prepare_as_trained, prepare_training
 from tools.data.transforms import Above, Nonzero
+from tools.shipping.verify import BUNDLES
 
 WINDOW = ScaleIntensityRanged("image", -175, 250, 0.0, 1.0, clip=True)
 WIDE = ScaleIntensityRanged("image", -1000, 1000, 0.001, 1.0, clip=True)
@@ -77,6 +79,12 @@ def test_what_keeps_intensities_above_the_masks_of_pre_training_is_no_difference
     before = replace(OWN, intensity=ScaleIntensityRanged("image", -175, 250, least, most, clip=True))
     lines = training(weights_of(tmp_path, before)).lines
     assert [text.split(":")[0] for name, text in lines if name == "WARNING"] == ["intensity"] * told
+
+
+@pytest.mark.parametrize("config", ["train", "mri"])
+def test_it_is_what_the_bundle_of_pre_training_leaves_to_masks(config):
+    text = (BUNDLES / f"hybridmim_pretrain/configs/{config}.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["intensity"]["b_min"] == ABOVE_MASKS
 
 
 @pytest.mark.parametrize("lacking", ["weights", "card"])
