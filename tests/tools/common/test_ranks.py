@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tools.weights.training_checkpoints import newest_checkpoint
+
 SHARES = """
 import time, torch.distributed as dist
 from tools.common.ranks import in_shares, join_processes, leave_processes
@@ -40,6 +42,31 @@ join_processes(0.05)  # 3 s
 if dist.get_rank() == 1:
     os.kill(os.getpid(), signal.SIGTERM)
 leave_processes()
+"""
+
+SIGNALLED = """
+import os, signal, time, torch.distributed as dist
+from monai.engines import Evaluator, Trainer
+from tools.common.ranks import join_processes
+from tools.training.checkpointing import SaveCheckpoints
+
+class Training(Trainer):
+    def _iteration(self, engine, batch):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+class Slow:
+    def state_dict(self):
+        time.sleep(3)
+        return {}
+
+join_processes(1)
+trainer, validator = Training("cpu", 2, [0, 1], decollate=False), Evaluator("cpu", [0], decollate=False)
+state = {"trainer": trainer, "slow": Slow()}
+saving = SaveCheckpoints("FOLDER", state, validator, interval=1, minutes=None, kept=1)
+saving.attach(trainer)
+saving.run(trainer)
 """
 
 HANGS = """
@@ -97,6 +124,16 @@ def test_one_that_dies_at_the_end_is_not_waited_for(two):
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1
     assert "rank 1 hangs for 0.05 minutes (timeout_minutes):" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process there")
+def test_after_a_signal_none_ends_before_the_checkpoint_is_written(two, tmp_path):
+    first, second = two(SIGNALLED.replace("FOLDER", tmp_path.as_posix()))
+    second.wait(60)  # torchrun would end the other one now
+    written = newest_checkpoint(tmp_path)
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (75, 75), err
+    assert written is not None
 
 
 @pytest.mark.parametrize(
